@@ -1,0 +1,80 @@
+"""The job document: everything one attempt of one stage is told, as JSON in an immutable ConfigMap.
+
+The trainer reads nothing else about the job. Secrets are not in it; they reach the pod as environment variables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from finetune_api import SCHEMA_VERSION
+from finetune_api.base import ApiModel
+from finetune_api.names import Stage
+from finetune_api.spec import FineTuneJobSpec
+
+#: Fields of the spec that decide what the result is. The others say where, when and how often it is tried.
+RESULT_FIELDS = ("model", "dataset", "method", "hyperparameters", "output")
+
+
+class DocumentModel(ApiModel):
+    """Unknown fields are ignored, so that an older trainer reads the document of a newer operator."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class JobIdentity(DocumentModel):
+    """The FineTuneJob that the document belongs to."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+class StorageSettings(DocumentModel):
+    """How to reach S3, with the operator's defaults filled in. Credentials come from the environment."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
+    """None leaves it to boto3."""
+    allow_files: bool = False
+    """file:// URIs are allowed: the pod shares a file system with the user (local mode)."""
+
+
+class JobDocument(DocumentModel):
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+    stage: Stage
+    attempt: Annotated[int, Field(ge=1)]
+    """Counts from 1 in each stage."""
+    job: JobIdentity
+    spec: FineTuneJobSpec
+    work_uri: str
+    """Folder of this job's work files; holds the job's uid, so that no two jobs share one."""
+    storage: StorageSettings = StorageSettings()
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Training processes in the pod: one for each GPU, or one on CPU."""
+    earlier_attempts: list[int] = []
+    """Train: attempts whose checkpoints may be read, newest first. Export: the one attempt to export."""
+    trainer_image: str = ""
+    stall_seconds: Annotated[int, Field(ge=1)] = 1800
+    """Training that makes no step for so long is ended as NoProgress."""
+
+    @property
+    def digest(self) -> str:
+        return spec_digest(self.spec)
+
+
+def spec_digest(spec: FineTuneJobSpec) -> str:
+    """sha256 over the canonical JSON of the fields that decide the result: equal digests ask for the same model."""
+    fields = {name: value for name, value in spec.to_json_dict().items() if name in RESULT_FIELDS}
+    fields["output"] = {key: value for key, value in fields["output"].items() if key != "onExisting"}
+    return hashlib.sha256(canonical_json(fields)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

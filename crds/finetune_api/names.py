@@ -1,0 +1,44 @@
+"""Names, labels and annotations of the objects that belong to a job. All deterministic: a retry finds its own work."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from finetune_api import GROUP
+
+
+class Stage(StrEnum):
+    PREPARE = "prepare"
+    TRAIN = "train"
+    EXPORT = "export"
+
+
+LABEL_JOB_NAME = f"{GROUP}/job-name"
+LABEL_JOB_UID = f"{GROUP}/job-uid"
+"""Selects the children of one FineTuneJob; its presence selects all children of the operator."""
+LABEL_STAGE = f"{GROUP}/stage"
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGER = "finetune-operator"
+
+CONTAINER = "main"
+AGENT_PORT = 9464
+"""Port of the agent in each pod: /metrics, /progress, /healthz."""
+AGENT_PORT_NAME = "metrics"
+
+DOCUMENT_MOUNT = "/etc/finetune"
+DOCUMENT_FILE = "job.json"
+WORK_MOUNT = "/work"
+TERMINATION_PATH = "/dev/termination-log"
+
+ENV_DOCUMENT = "FINETUNE_DOCUMENT"
+ENV_WORK_DIR = "FINETUNE_WORK_DIR"
+ENV_TERMINATION_PATH = "FINETUNE_TERMINATION_PATH"
+ENV_POD_NAME = "POD_NAME"
+ENV_POD_IP = "POD_IP"
+ENV_NODE_NAME = "NODE_NAME"
+
+
+def child_name(job_name: str, stage: Stage, attempt: int) -> str:
+    """Name of the Job and of the ConfigMap of one attempt."""
+    return f"{job_name}-{stage}-{attempt}"

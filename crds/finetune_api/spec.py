@@ -1,0 +1,570 @@
+"""`FineTuneJob.spec`: what a person asks for.
+
+Only fields that work are here. Defaults are in the schema, so that `kubectl get -o yaml` shows them; what depends on
+the model or the machine is "Auto" or absent, and its resolved value is echoed in `status.resolved`.
+
+Rules that a user can break carry a CEL message instead of a schema pattern: a pattern can only say that it did not
+match, a message can say what to write.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import ApiModel, Decimal, Fraction, ObjectName, Quantity, cel, validations
+
+MAX_NAME_LENGTH = 40
+"""Child and host names are made from the job's name: `<name>-prepare-<n>` must fit 63 characters with a pod suffix."""
+
+NAME_RULES = [
+    (
+        f"size(self.metadata.name) <= {MAX_NAME_LENGTH}",
+        f"metadata.name may have at most {MAX_NAME_LENGTH} characters, because pod and host names are made from it: "
+        "choose a shorter name",
+    ),
+    (
+        "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name must start with a letter and hold only a-z, 0-9 and '-', because pod and host names are made "
+        "from it: rename the job, for example support-bot",
+    ),
+]
+
+
+class AdapterType(StrEnum):
+    FULL = "Full"
+    LORA = "LoRA"
+    QLORA = "QLoRA"
+
+
+class DataFormat(StrEnum):
+    AUTO = "Auto"
+    CHAT = "Chat"
+    ALPACA = "Alpaca"
+    QUESTION_ANSWER = "QuestionAnswer"
+    TEXT = "Text"
+
+
+class RowPolicy(StrEnum):
+    FAIL = "Fail"
+    SKIP = "Skip"
+
+
+class Switch(StrEnum):
+    AUTO = "Auto"
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+
+
+class Precision(StrEnum):
+    AUTO = "Auto"
+    BF16 = "BF16"
+    F32 = "F32"
+
+
+class Optimizer(StrEnum):
+    ADAMW = "AdamW"
+    ADAMW_8BIT = "AdamW8bit"
+    PAGED_ADAMW_8BIT = "PagedAdamW8bit"
+
+
+class Scheduler(StrEnum):
+    COSINE = "Cosine"
+    LINEAR = "Linear"
+    CONSTANT = "Constant"
+
+
+class OutputDtype(StrEnum):
+    AUTO = "Auto"
+    BF16 = "BF16"
+    F16 = "F16"
+    F32 = "F32"
+
+
+class Artifact(StrEnum):
+    MERGED = "Merged"
+    ADAPTER = "Adapter"
+
+
+class OnExisting(StrEnum):
+    FAIL = "Fail"
+    OVERWRITE = "Overwrite"
+
+
+class AddressingStyle(StrEnum):
+    AUTO = "Auto"
+    PATH = "Path"
+    VIRTUAL = "Virtual"
+
+
+_S3 = "^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+$"
+
+
+def _uri_rules(schemes: str, example: str) -> list[dict[str, str]]:
+    """CEL rules of a URI field. `schemes` is a regular expression alternation such as "s3|hf"."""
+    shown = " or ".join(f"{scheme}://" for scheme in schemes.split("|"))
+    rules = [
+        (f"self.matches('^({schemes})://')", f"the URI must start with {shown}, for example {example}"),
+        (
+            f"!self.matches('^s3://') || self.matches('{_S3}')",
+            "an s3 URI needs a bucket (3 to 63 of a-z, 0-9, '-' and '.') and a path: write s3://BUCKET/PATH",
+        ),
+    ]
+    return [{"rule": rule, "message": message} for rule, message in rules]
+
+
+_Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+ModelURI = Annotated[
+    _Uri,
+    Field(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                *_uri_rules("s3|hf|file", "s3://models/llama-3.1-8b-instruct"),
+                {
+                    "rule": "!self.matches('^hf://') || "
+                    "self.matches('^hf://[A-Za-z0-9][-A-Za-z0-9._]*/[-A-Za-z0-9._]+(@[-A-Za-z0-9._/]+)?$')",
+                    "message": "a hub model is written hf://ORG/NAME or hf://ORG/NAME@REVISION",
+                },
+            ]
+        }
+    ),
+]
+DataURI = Annotated[
+    _Uri,
+    Field(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                *_uri_rules("s3|hf|file", "s3://datasets/support.jsonl"),
+                {
+                    "rule": "!self.matches('^hf://') || "
+                    "self.matches('^hf://datasets/[A-Za-z0-9][-A-Za-z0-9._]*/[-A-Za-z0-9._]+(@[-A-Za-z0-9._]+)?/.+$')",
+                    "message": "a file of a hub data set is written hf://datasets/ORG/NAME/FILE or "
+                    "hf://datasets/ORG/NAME@REVISION/FILE",
+                },
+            ]
+        }
+    ),
+]
+OutputURI = Annotated[
+    _Uri, Field(json_schema_extra={"x-kubernetes-validations": _uri_rules("s3|file", "s3://models/support-bot")})
+]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+class ModelSource(ApiModel):
+    """The base model: a folder as `save_pretrained` writes it."""
+
+    uri: ModelURI
+    """Where the base model is: s3://BUCKET/PREFIX, hf://ORG/NAME[@REVISION], or file:///FOLDER in local mode. The
+    revision that was found first is pinned: a model that changes under a running job fails the job."""
+
+
+class DataFile(ApiModel):
+    """One file of rows."""
+
+    uri: DataURI
+    """Where the file is: s3://BUCKET/KEY, hf://datasets/ORG/NAME[@REVISION]/FILE, or file:///FILE in local mode. The
+    ending tells the container: .jsonl, .json or .csv."""
+
+
+class Columns(ApiModel):
+    """Names of the columns, where they are not the usual ones. Names exactly one of messages, text, or prompt with
+    completion."""
+
+    model_config = validations(
+        (
+            "(has(self.messages) ? 1 : 0) + (has(self.text) ? 1 : 0) + (has(self.prompt) ? 1 : 0) == 1",
+            "columns must name exactly one of messages, text, or prompt (with completion)",
+        ),
+        (
+            "has(self.prompt) == has(self.completion)",
+            "prompt and completion belong together: name both columns or neither",
+        ),
+        (
+            "!(has(self.system) || has(self.input)) || has(self.prompt)",
+            "system and input columns are only used together with prompt and completion",
+        ),
+    )
+
+    messages: ColumnName | None = None
+    """Column with the list of chat messages ({"role", "content"} objects)."""
+    text: ColumnName | None = None
+    """Column with plain text; every token is learnt."""
+    prompt: ColumnName | None = None
+    """Column with what the user says (Alpaca: instruction; QuestionAnswer: question)."""
+    completion: ColumnName | None = None
+    """Column with the answer to be learnt (Alpaca: output; QuestionAnswer: answer)."""
+    input: ColumnName | None = None
+    """Column with context that is appended to the prompt after a blank line (Alpaca: input)."""
+    system: ColumnName | None = None
+    """Column with the system message of the row."""
+
+
+class InvalidRows(ApiModel):
+    """What happens to a row that cannot be used: not JSON, wrong shape, no last assistant turn, empty, too long."""
+
+    policy: RowPolicy = RowPolicy.FAIL
+    """Fail stops the job before any GPU is taken and lists the first bad rows. Skip leaves them out and counts them."""
+    limit: Annotated[int, Field(ge=0, le=1_000_000_000)] = 100
+    """With Skip: the highest number of bad rows that is still acceptable. One more fails the job."""
+
+
+class Dataset(ApiModel):
+    """Rows to learn from, and rows to measure with."""
+
+    model_config = validations(
+        (
+            "!(has(self.validation) && has(self.validationSplit))",
+            "set validation (files) or validationSplit (a fraction of train), not both",
+        ),
+        (
+            "!has(self.columns) || self.format != 'Auto'",
+            "columns needs a named format: set dataset.format to Chat, Alpaca, QuestionAnswer or Text",
+        ),
+        (
+            "!has(self.columns) || self.format == 'Auto' || (self.format == 'Chat') == has(self.columns.messages)",
+            "format Chat goes with columns.messages, and columns.messages with format Chat",
+        ),
+        (
+            "!has(self.columns) || self.format == 'Auto' || (self.format == 'Text') == has(self.columns.text)",
+            "format Text goes with columns.text, and columns.text with format Text",
+        ),
+    )
+
+    train: Annotated[list[DataFile], Field(min_length=1, max_length=64)]
+    """Files to learn from. Their rows are taken together and shuffled with hyperparameters.seed."""
+    validation: Annotated[list[DataFile], Field(min_length=1, max_length=64)] | None = None
+    """Files to measure with, before and after training; never learnt from."""
+    validation_split: Fraction | None = None
+    """Fraction of the train rows that is held out instead of validation files, as a decimal string. When neither is
+    set, 5% (at most 200 rows) are held out of 40 or more train rows; "0" holds out nothing."""
+    format: DataFormat = DataFormat.AUTO
+    """Shape of a row. Auto looks at the first row of each file: Chat has messages, Alpaca has instruction and output,
+    QuestionAnswer has question and answer, Text has text."""
+    columns: Columns | None = None
+    """Names of the columns, where they are not the usual ones."""
+    max_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    """Longest row in tokens. A longer row is an invalid row; nothing is cut silently."""
+    invalid_rows: InvalidRows = InvalidRows()
+    """What happens to a row that cannot be used."""
+
+
+class LoRA(ApiModel):
+    """Low-rank adapter."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the update of each adapted matrix."""
+    alpha: Annotated[int, Field(ge=1, le=4096)] = 32
+    """The update is scaled by alpha/rank."""
+    dropout: Fraction = "0"
+    """Dropout on the adapter's input, as a decimal string from "0" to below "1"."""
+    target_modules: (
+        Annotated[
+            list[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", min_length=1, max_length=128)]],
+            Field(min_length=1, max_length=32),
+        ]
+        | None
+    ) = None
+    """Names of the linear layers to adapt, such as q_proj. Absent: all linear layers except the output head."""
+
+
+class Quantization(ApiModel):
+    """How QLoRA stores the frozen base."""
+
+    type: Literal["NF4"] = "NF4"
+    """4-bit NormalFloat."""
+    double_quantization: Literal["Enabled", "Disabled"] = "Enabled"
+    """Also quantise the quantisation constants, which saves about 0.4 bit per weight."""
+
+
+class Adapter(ApiModel):
+    """What is trained: all weights, or an adapter."""
+
+    model_config = validations(
+        (
+            "self.type == 'QLoRA' || !has(self.quantization)",
+            "quantization belongs to QLoRA: set adapter.type to QLoRA, or remove quantization",
+        ),
+        (
+            "self.type != 'Full' || !has(self.lora)",
+            "Full trains all weights and has no adapter: remove lora, or set adapter.type to LoRA or QLoRA",
+        ),
+    )
+
+    type: AdapterType = AdapterType.QLORA
+    """Full trains all weights. LoRA trains an adapter on the base as it is. QLoRA trains an adapter on a base that is
+    kept in 4 bits."""
+    lora: LoRA | None = None
+    """The adapter of LoRA and QLoRA; absent means its defaults."""
+    quantization: Quantization | None = None
+    """The 4-bit base of QLoRA; absent means its defaults."""
+
+
+class Method(ApiModel):
+    """How the model learns."""
+
+    type: Literal["SFT"] = "SFT"
+    """SFT: supervised fine-tuning, learning to give the assistant's answers."""
+    adapter: Adapter = Adapter()
+    """What is trained."""
+
+
+class Hyperparameters(ApiModel):
+    """Settings of the optimisation."""
+
+    model_config = validations(
+        (
+            "!(has(self.epochs) && has(self.maxSteps))",
+            "set epochs or maxSteps, not both: they are two ways to say how long to train",
+        ),
+    )
+
+    epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Passes over the train rows. Absent together with maxSteps: 3."""
+    max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Optimiser steps, instead of epochs."""
+    learning_rate: Decimal | None = None
+    """Peak learning rate, as a decimal string. Absent: "2e-4" with an adapter, "2e-5" for Full."""
+    scheduler: Scheduler = Scheduler.COSINE
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: Fraction = "0.03"
+    """Share of the steps in which the learning rate rises from zero, as a decimal string below "1"."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Rows in one optimiser step over all GPUs. It stays the same whatever fits into memory at once."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Rows that one GPU computes at once. Absent: the largest size up to 8 that fits, found before the first step."""
+    weight_decay: Decimal = "0"
+    """AdamW weight decay, as a decimal string."""
+    max_grad_norm: Decimal = "1"
+    """Gradients are scaled down to this norm, as a decimal string."""
+    seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
+    """Seed of shuffling, initialisation and dropout."""
+    optimizer: Optimizer = Optimizer.ADAMW
+    """AdamW keeps its state in 32 bits, AdamW8bit in 8 bits, PagedAdamW8bit may also move it to host memory."""
+    precision: Precision = Precision.AUTO
+    """Number format of the computation. Auto: BF16 where the hardware has it, else F32."""
+    activation_checkpointing: Switch = Switch.AUTO
+    """Recompute activations in the backward pass to save memory. Auto: on for GPUs, off on CPU."""
+
+
+class Evaluation(ApiModel):
+    """Measurements on the validation rows. The base model is always measured before training and the tuned one
+    after it."""
+
+    every_steps: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    """Also measure after every so many steps; 0 does not."""
+
+
+class Checkpoint(ApiModel):
+    """Saving the state of training to S3, so that nothing but the last minutes can be lost."""
+
+    every_steps: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    """Save after every so many steps; 0 leaves it to everySeconds."""
+    every_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    """Save when so many seconds have passed since the last checkpoint; 0 leaves it to everySteps."""
+    keep_last: Annotated[int, Field(ge=1, le=100)] = 2
+    """How many checkpoints of an attempt are kept."""
+    grace_period_seconds: Annotated[int, Field(ge=10, le=86_400)] = 120
+    """Time to save and upload after a pod was told to stop. It becomes the pod's terminationGracePeriodSeconds."""
+
+
+class Output(ApiModel):
+    """Where the tuned model goes."""
+
+    uri: OutputURI
+    """Folder of the tuned model: s3://BUCKET/PREFIX, or file:///FOLDER in local mode. manifest.json is written last:
+    who sees it sees a complete, verified model."""
+    artifacts: (
+        Annotated[
+            list[Artifact], Field(min_length=1, max_length=2, json_schema_extra={"x-kubernetes-list-type": "set"})
+        ]
+        | None
+    ) = None
+    """What is published: Merged is a complete model that loads without peft; Adapter is the adapter alone, in the
+    folder adapter/. Absent: both, or Merged for Full."""
+    dtype: OutputDtype = OutputDtype.AUTO
+    """Number format of the merged weights. Auto: that of the base model."""
+    on_existing: OnExisting = OnExisting.FAIL
+    """What to do when the folder already holds another job's model: Fail before any GPU is taken, or Overwrite."""
+
+
+class Resources(ApiModel):
+    """What a train pod asks for."""
+
+    gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
+    """GPUs of the train pod, one process each; 0 trains on CPU."""
+    gpu_resource_name: Annotated[
+        str, StringConstraints(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", min_length=3, max_length=128)
+    ] = "nvidia.com/gpu"
+    """Extended resource that stands for a GPU, such as nvidia.com/gpu, amd.com/gpu or nvidia.com/mig-3g.40gb."""
+    cpu: Quantity | None = None
+    """CPU request. Absent: 4 for each GPU, 1 without."""
+    memory: Quantity | None = None
+    """Memory request and limit. Absent: derived from the size of the model."""
+    shared_memory: Quantity = "2Gi"
+    """Size limit of /dev/shm, which counts towards memory."""
+
+
+class StageResources(ApiModel):
+    """What the pod of a CPU stage asks for."""
+
+    cpu: Quantity = "1"
+    """CPU request."""
+    memory: Quantity | None = None
+    """Memory request and limit. Absent: 2Gi for prepare; for export derived from the model's largest tensor."""
+
+
+class Stages(ApiModel):
+    """The stages that run without a GPU."""
+
+    prepare: StageResources = StageResources()
+    """Checks access and data, tokenises, and stores the prepared rows."""
+    export: StageResources = StageResources()
+    """Merges, verifies and publishes the model."""
+
+
+class Toleration(ApiModel):
+    """A Kubernetes toleration."""
+
+    key: Annotated[str, StringConstraints(max_length=317)] | None = None
+    """Taint key; absent with operator Exists matches all."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """How the value is compared."""
+    value: Annotated[str, StringConstraints(max_length=63)] | None = None
+    """Taint value for operator Equal."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Taint effect; absent matches all."""
+    toleration_seconds: Annotated[int, Field(ge=0)] | None = None
+    """With NoExecute: how long the taint is tolerated."""
+
+
+class Scheduling(ApiModel):
+    """Where train pods may run."""
+
+    node_selector: Annotated[
+        dict[str, Annotated[str, StringConstraints(max_length=63)]],
+        Field(json_schema_extra={"maxProperties": 32}),
+    ] = {}
+    """Labels that the node must have."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
+    """Taints that the pod tolerates."""
+
+
+class FailurePolicy(ApiModel):
+    """What happens after a failure that another try may mend. Errors in the spec, the data, the model or the access
+    rights fail at once; preemptions restart for free."""
+
+    max_restarts: Annotated[int, Field(ge=0, le=100)] = 3
+    """How many failed attempts are tried again, over all stages."""
+    backoff_seconds: Annotated[int, Field(ge=0, le=3600)] = 10
+    """Pause before the first restart. It doubles with each further one, up to ten minutes."""
+
+
+class SecretReference(ApiModel):
+    """A Secret in the job's own namespace."""
+
+    name: ObjectName
+    """Name of the Secret."""
+
+
+class Storage(ApiModel):
+    """How the job's pods reach S3 and the model hub. Absent values come from the operator's settings."""
+
+    endpoint: (
+        Annotated[
+            str,
+            StringConstraints(max_length=512),
+            Field(
+                json_schema_extra=cel(
+                    "self.matches('^https?://[^/]+')", "write a URL such as https://minio.storage.svc:9000"
+                )
+            ),
+        ]
+        | None
+    ) = None
+    """S3 endpoint, for servers other than AWS."""
+    region: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$", min_length=1, max_length=64)] | None = None
+    """S3 region."""
+    addressing_style: AddressingStyle = AddressingStyle.AUTO
+    """Path puts the bucket into the path, Virtual into the host name. Auto: Path when an endpoint is set."""
+    secret_ref: SecretReference | None = None
+    """Secret whose keys become environment variables of the pods: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    optionally AWS_SESSION_TOKEN, and HF_TOKEN for gated models. Without it the pods use their own identity."""
+    service_account_name: ObjectName | None = None
+    """Service account of the pods, for cloud identities bound to it. No API token is mounted."""
+    work_uri: OutputURI | None = None
+    """Folder of the work files (prepared rows, checkpoints, logs). Absent: .finetune/ below output.uri."""
+
+
+_IMMUTABLE = (
+    "model",
+    "dataset",
+    "method",
+    "hyperparameters",
+    "evaluation",
+    "checkpoint",
+    "output",
+    "resources",
+    "stages",
+    "scheduling",
+    "storage",
+)
+
+
+class FineTuneJobSpec(ApiModel):
+    """What to train, on what, and where the result goes."""
+
+    model_config = validations(
+        (
+            "self.method.adapter.type != 'Full' || "
+            "!has(self.output.artifacts) || !('Adapter' in self.output.artifacts)",
+            "Full trains no adapter: remove Adapter from output.artifacts, or set method.adapter.type to LoRA or QLoRA",
+        ),
+        (
+            "self.resources.gpusPerNode <= 1 || self.hyperparameters.batchSize % self.resources.gpusPerNode == 0",
+            "hyperparameters.batchSize must be a multiple of resources.gpusPerNode, so that every GPU has the same "
+            "share: change one of them",
+        ),
+        (
+            "!has(self.hyperparameters.microBatchSize) || self.hyperparameters.batchSize % "
+            "(self.hyperparameters.microBatchSize * (self.resources.gpusPerNode > 1 ? self.resources.gpusPerNode : 1)) "
+            "== 0",
+            "hyperparameters.batchSize must be a multiple of microBatchSize times the number of GPUs: change one of "
+            "them, or leave microBatchSize out",
+        ),
+        *(
+            (
+                f"self.{field} == oldSelf.{field}",
+                f"{field} cannot be changed after the job was created: delete the job and create it anew",
+            )
+            for field in _IMMUTABLE
+        ),
+    )
+
+    model: ModelSource
+    """The base model."""
+    dataset: Dataset
+    """Rows to learn from, and rows to measure with."""
+    method: Method = Method()
+    """How the model learns."""
+    hyperparameters: Hyperparameters = Hyperparameters()
+    """Settings of the optimisation."""
+    evaluation: Evaluation = Evaluation()
+    """Measurements on the validation rows."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving the state of training."""
+    output: Output
+    """Where the tuned model goes."""
+    resources: Resources = Resources()
+    """What a train pod asks for."""
+    stages: Stages = Stages()
+    """The stages that run without a GPU."""
+    scheduling: Scheduling = Scheduling()
+    """Where train pods may run."""
+    failure_policy: FailurePolicy = FailurePolicy()
+    """What happens after a failure that another try may mend. May be changed while the job runs."""
+    storage: Storage = Storage()
+    """How the job's pods reach S3 and the model hub."""
