@@ -1,0 +1,44 @@
+"""Runs calls on hub folders that come as JSON lines, and answers each with its result or its failure.
+
+A process of its own: huggingface_hub reads its endpoint and its offline switch when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from finetune_api.document import StorageSettings
+from finetune_api.failures import JobError
+from finetune_trainer.main import _quiet_libraries
+from finetune_trainer.storage import Folder, ObjectInfo, open_folder
+
+_quiet_libraries()
+folders: dict[str, Folder] = {}
+
+
+def call(uri: str, name: str, *arguments: object) -> object:
+    folder = folders.setdefault(uri, open_folder(uri.partition("#")[0], StorageSettings()))
+    if name in ("revision", "uri"):
+        return getattr(folder, name)
+    if name == "download":
+        key, target = arguments
+        info = folder.stat(str(key)) or ObjectInfo(str(key), 0, "")
+        folder.download(info, Path(str(target)))
+        return None
+    value = getattr(folder, name)(*arguments)
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, ObjectInfo):
+        return [value.key, value.size, value.version]
+    return [[info.key, info.size, info.version] for info in value] if name == "list" else value
+
+
+for line in sys.stdin:
+    try:
+        answer = {"value": call(*json.loads(line))}
+    except JobError as error:
+        answer = {"class": str(error.failure_class), "message": error.message}
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()

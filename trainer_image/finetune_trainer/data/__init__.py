@@ -1,0 +1,2 @@
+"""From files of rows to tokens and labels: read (`rows`), understand (`formats`), render and label (`render`), store
+(`prepared`)."""

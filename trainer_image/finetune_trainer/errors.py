@@ -1,0 +1,31 @@
+"""Which failure class an exception belongs to: by type where a type exists, by errno where one is set."""
+
+from __future__ import annotations
+
+import errno
+
+from finetune_api.failures import FailureClass, JobError
+
+
+def classify(error: BaseException) -> tuple[FailureClass, str]:
+    """The class of an exception, and a message for the user.
+
+    Exceptions of torch are told apart by their name, so that stages that need no torch do not import it.
+    """
+    if isinstance(error, JobError):
+        return error.failure_class, error.message
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "OutOfMemoryError" in names:
+        return (
+            FailureClass.OUT_OF_MEMORY_GPU,
+            "The GPU ran out of memory. Lower hyperparameters.microBatchSize or dataset.maxLength, or use more GPU "
+            "memory.",
+        )
+    if isinstance(error, MemoryError):
+        return FailureClass.OUT_OF_MEMORY_HOST, "The pod ran out of memory. Raise the memory of this stage."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return FailureClass.DISK_FULL, "The pod's disk is full. Give the node or the volume more space."
+    if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
+        return FailureClass.COMMUNICATION, "The training processes lost each other."
+    first_line = str(error).strip().partition("\n")[0][:300]
+    return FailureClass.UNKNOWN, f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

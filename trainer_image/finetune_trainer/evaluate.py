@@ -1,0 +1,101 @@
+"""Token-weighted loss: the sum of all negative log-likelihoods over the number of supervised tokens.
+
+`Trainer.evaluate` averages over batches, so that its result depends on the batch size; this one does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from finetune_api.status import Measurement
+from finetune_trainer.data.render import IGNORED
+from finetune_trainer.world import World
+
+BATCH_TOKENS = 4096
+"""Padded tokens that are computed at once."""
+
+
+def measure(model: Any, rows: Dataset, world: World, batch_tokens: int = BATCH_TOKENS) -> Measurement | None:
+    """Loss and perplexity of the model on the rows, shared among all processes; None without rows."""
+    if len(rows) == 0:
+        return None
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches(rows, range(world.rank, len(rows), world.size), batch_tokens):
+            batch_total, batch_tokens_seen = _sums(model, batch)
+            total += batch_total
+            tokens += batch_tokens_seen
+    model.train(was_training)
+    total, count = world.sum(total, tokens)
+    return measurement(total, int(count))
+
+
+def measurement(total: float, tokens: int) -> Measurement:
+    loss = total / tokens
+    return Measurement(loss=f"{loss:.4f}", perplexity=format_perplexity(loss), tokens=tokens)
+
+
+def format_perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.4g}" if loss < 700 else "inf"
+
+
+def batches(rows: Dataset, indices: Sequence[int], batch_tokens: int) -> Iterator[list[dict[str, list[int]]]]:
+    """Group rows of similar length, so that little is padded; each batch stays under the limit where it can."""
+    by_length = sorted(indices, key=lambda index: len(rows[index]["input_ids"]))
+    batch: list[dict[str, list[int]]] = []
+    for index in by_length:
+        row = rows[index]
+        if batch and (len(batch) + 1) * len(row["input_ids"]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def collate(batch: list[dict[str, list[int]]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded (input_ids, attention_mask, labels), each of shape (rows, longest)."""
+    longest = max(len(row["input_ids"]) for row in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for number, row in enumerate(batch):
+        length = len(row["input_ids"])
+        ids[number, :length] = torch.tensor(row["input_ids"])
+        mask[number, :length] = 1
+        labels[number, :length] = torch.tensor(row["labels"])
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def supervised_logits(model: Any, batch: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits where something is learnt: (logits, targets, row numbers), with one entry per supervised token.
+
+    Only those positions go through the output head: the logits of whole rows would be the largest tensor by far.
+    """
+    ids, mask, labels = collate(batch, _input_device(model))
+    # Position p predicts token p + 1.
+    targets = labels[:, 1:]
+    positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
+    kept = targets[:, positions]
+    rows, columns = (kept != IGNORED).nonzero(as_tuple=True)
+    return logits[rows, columns].float(), kept[rows, columns], rows
+
+
+def _sums(model: Any, batch: list[dict[str, list[int]]]) -> tuple[float, int]:
+    logits, targets, _ = supervised_logits(model, batch)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return float(losses.double().sum()), targets.numel()
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where inputs go. Weights streamed from disk are on the meta device between calls."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

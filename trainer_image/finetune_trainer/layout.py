@@ -1,0 +1,86 @@
+"""Names of the work files below `document.work_uri`, and of the files a pod keeps on its own disk.
+
+prepare/plan.json, train.arrow, validation.arrow
+evaluation/base.json                      measured once, never overwritten
+train/<attempt>/checkpoints/<step>/…      manifest.json last
+train/<attempt>/final/…                   manifest.json last
+<stage>/<attempt>/report.json, log.txt
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.names import ENV_WORK_DIR, WORK_MOUNT, Stage
+
+PREPARE = "prepare"
+PLAN = f"{PREPARE}/plan.json"
+PUBLISHED = f"{PREPARE}/published.json"
+"""Exists when prepare found the result of the same specification at output.uri."""
+BASE_EVALUATION = "evaluation/base.json"
+MANIFEST = "manifest.json"
+
+
+def attempt_prefix(stage: Stage, attempt: int) -> str:
+    return f"{stage}/{attempt}"
+
+
+def checkpoints_prefix(attempt: int) -> str:
+    return f"{attempt_prefix(Stage.TRAIN, attempt)}/checkpoints"
+
+
+def final_prefix(attempt: int) -> str:
+    return f"{attempt_prefix(Stage.TRAIN, attempt)}/final"
+
+
+@dataclass(frozen=True)
+class PodDisk:
+    """The pod's own disk. It is gone with the pod."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> PodDisk:
+        return cls(Path(os.environ.get(ENV_WORK_DIR, WORK_MOUNT)))
+
+    @property
+    def base(self) -> Path:
+        """The base model."""
+        return self.root / "base"
+
+    @property
+    def data(self) -> Path:
+        """Downloaded rows, or the prepared set."""
+        return self.root / "data"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that training resumes from."""
+        return self.root / "checkpoint"
+
+    @property
+    def training(self) -> Path:
+        """Where the trainer writes checkpoints before they are uploaded."""
+        return self.root / "training"
+
+    @property
+    def final(self) -> Path:
+        """What training hands over to export."""
+        return self.root / "final"
+
+    @property
+    def quantized(self) -> Path:
+        """The 4-bit base, on its way to storage."""
+        return self.root / "quantized"
+
+    @property
+    def output(self) -> Path:
+        """The model as it will be published."""
+        return self.root / "output"
+
+    @property
+    def run(self) -> Path:
+        """Where the agent and its children meet: report, failures, log."""
+        return self.root / "run"

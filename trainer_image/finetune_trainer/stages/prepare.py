@@ -1,0 +1,320 @@
+"""Prepare: find out on a CPU all that could go wrong before a GPU is taken, and store the token rows.
+
+In this order, because the cheap checks come first: may we write the output, is it free, does the model exist and is it
+usable, do the data exist, is every row usable.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from array import array
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+from finetune_api.document import JobDocument
+from finetune_api.failures import FailureClass, JobError
+from finetune_api.spec import AdapterType, DataFile, Dataset, OutputDtype
+from finetune_api.status import DatasetResult
+from finetune_trainer import layout
+from finetune_trainer.base_model import SMALL_FILES, BaseModel
+from finetune_trainer.data import prepared
+from finetune_trainer.data.formats import RowFormat, row_format
+from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
+from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, TokenRow
+from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
+from finetune_trainer.layout import PodDisk
+from finetune_trainer.manifest import find_published, report_published, require_free
+from finetune_trainer.plan import DataPlan, PreparedSet, SourceFile, TrainingPlan, load_plan
+from finetune_trainer.reporting import Reporter
+from finetune_trainer.storage import open_file, open_folder
+from finetune_trainer.storage.base import Folder, ObjectInfo
+from finetune_trainer.storage.s3 import sha256_file
+
+log = logging.getLogger(__name__)
+
+PROBE = "prepare/write-probe"
+DEFAULT_SPLIT = 0.05
+DEFAULT_SPLIT_MAX_ROWS = 200
+DEFAULT_SPLIT_MIN_ROWS = 40
+"""Fewer train rows than this are not split unless the user says so: a handful of rows would measure nothing."""
+
+
+def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
+    spec = document.spec
+    reporter.phase("CheckingAccess")
+    work = open_folder(document.work_uri, document.storage)
+    output = open_folder(spec.output.uri, document.storage)
+    _probe_writing(work)
+    model = BaseModel(open_folder(spec.model.uri, document.storage))
+    model.require_trainable()
+    train_sources = _sources(spec.dataset.train, document)
+    validation_sources = _sources(spec.dataset.validation or [], document)
+
+    published = find_published(output, document.digest, model.pin, train_sources, validation_sources)
+    if published is not None:
+        log.info("%s already holds the verified result of this specification", output.uri)
+        # For a later stage, should this report be lost with its pod.
+        work.write(layout.PUBLISHED, b"{}")
+        reporter.update(already_published=True)
+        report_published(output, published, reporter)
+        return
+    require_free(output, document)
+
+    plan = load_plan(document)
+    if plan is None or not _still_true(plan, document, model, train_sources, validation_sources):
+        plan = _prepare(document, disk, reporter, model, work, train_sources, validation_sources)
+    _report(plan, document, model, reporter)
+    reporter.phase("Done")
+
+
+def _probe_writing(folder: Folder) -> None:
+    """Learn now, not after hours of training, whether the job may write."""
+    folder.write(PROBE, b"")
+    folder.delete([PROBE])
+
+
+def _sources(files: list[DataFile], document: JobDocument) -> list[SourceFile]:
+    sources = []
+    for file in files:
+        folder, key = open_file(file.uri, document.storage)
+        info = folder.stat(key)
+        if info is None:
+            raise JobError(FailureClass.NOT_FOUND, f"The data file {file.uri} does not exist. Correct the URI.")
+        if info.size == 0:
+            raise JobError(FailureClass.DATA_ERROR, f"The data file {file.uri} is empty. Upload rows.")
+        sources.append(SourceFile(uri=file.uri, size=info.size, version=info.version))
+    return sources
+
+
+def _still_true(
+    plan: TrainingPlan,
+    document: JobDocument,
+    model: BaseModel,
+    train_sources: list[SourceFile],
+    validation_sources: list[SourceFile],
+) -> bool:
+    """Whether an earlier attempt of this stage prepared just this."""
+    return (
+        plan.document_digest == document.digest
+        and plan.model.revision == model.pin.revision
+        and plan.data.train_sources == train_sources
+        and plan.data.validation_sources == validation_sources
+    )
+
+
+def _prepare(
+    document: JobDocument,
+    disk: PodDisk,
+    reporter: Reporter,
+    model: BaseModel,
+    work: Folder,
+    train_sources: list[SourceFile],
+    validation_sources: list[SourceFile],
+) -> TrainingPlan:
+    spec = document.spec
+    reporter.phase("Downloading")
+    model.download(disk.base, SMALL_FILES)
+    train_files = _download(train_sources, disk.data / "train", document)
+    validation_files = _download(validation_sources, disk.data / "validation", document)
+
+    reporter.phase("Tokenizing")
+    renderer = _renderer(disk.base, model, spec.dataset)
+    rows = _Rows(spec.dataset, renderer)
+    train_path, validation_path = disk.data / TRAIN_FILE, disk.data / VALIDATION_FILE
+    if validation_sources:
+        train = prepared.write_rows(rows.token_rows(train_files), train_path)
+        validation = prepared.write_rows(rows.token_rows(validation_files), validation_path)
+        rows.check()
+    else:
+        both = disk.data / "all.arrow"
+        prepared.write_rows(rows.token_rows(train_files), both)
+        rows.check()
+        held_out = _held_out(rows.example_count, spec.dataset.validation_split, spec.hyperparameters.seed)
+        train = prepared.write_rows(_select(both, rows.examples, held_out, inside=False), train_path)
+        validation = prepared.write_rows(_select(both, rows.examples, held_out, inside=True), validation_path)
+        both.unlink()
+    _require_rows(train, validation, spec.dataset)
+
+    reporter.phase("Uploading")
+    steps_per_epoch = ceil(train.rows / spec.hyperparameters.batch_size)
+    full = spec.method.adapter.type is AdapterType.FULL
+    plan = TrainingPlan(
+        document_digest=document.digest,
+        model=model.pin,
+        model_type=str(model.config.get("model_type", "")),
+        parameters=model.parameters,
+        weight_dtype=model.dtype,
+        data=DataPlan(
+            format=", ".join(sorted(rows.formats)),
+            train_sources=train_sources,
+            validation_sources=validation_sources,
+            skipped_rows=rows.problems.count,
+            split_conversations=renderer.split_conversations,
+            template_date=TEMPLATE_DATE.date().isoformat(),
+            train=_store(work, train, train_path),
+            validation=_store(work, validation, validation_path),
+        ),
+        stop_ids=renderer.stop_ids,
+        total_steps=spec.hyperparameters.max_steps or steps_per_epoch * (spec.hyperparameters.epochs or 3),
+        learning_rate=spec.hyperparameters.learning_rate or ("2e-5" if full else "2e-4"),
+        artifacts=[str(item) for item in spec.output.artifacts or (["Merged"] if full else ["Merged", "Adapter"])],
+        dtype=model.dtype if spec.output.dtype is OutputDtype.AUTO else str(spec.output.dtype),
+    )
+    # The plan is written last: who finds it finds all that it names.
+    work.write(layout.PLAN, plan.model_dump_json(by_alias=True, indent=1).encode())
+    return plan
+
+
+def _download(sources: list[SourceFile], target: Path, document: JobDocument) -> list[tuple[str, Path]]:
+    """Fetch data files; pairs of the name a user knows and the local path."""
+    files = []
+    for number, source in enumerate(sources):
+        folder, key = open_file(source.uri, document.storage)
+        path = target / str(number)
+        folder.download(ObjectInfo(key, source.size, source.version), path)
+        files.append((source.uri, path))
+    return files
+
+
+def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = model.config.get("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise JobError(
+            FailureClass.MODEL_ERROR,
+            f"The model type {model_type!r} in config.json is no causal language model that transformers knows. Use a "
+            "text generation model.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise JobError(
+            FailureClass.MODEL_ERROR, f"The model's config or tokenizer cannot be loaded: {error}. Upload them again."
+        ) from error
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if has_generation else None
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or dataset.max_length
+    return Renderer(tokenizer, generation, min(dataset.max_length, context))
+
+
+class _Rows:
+    """Streams token rows out of files, counting what cannot be used."""
+
+    def __init__(self, dataset: Dataset, renderer: Renderer) -> None:
+        self._dataset = dataset
+        self._renderer = renderer
+        self.problems = Problems(dataset.invalid_rows.policy, dataset.invalid_rows.limit)
+        self.formats: set[str] = set()
+        self.seen = 0
+        self.example_count = 0
+        self.examples = array("L")
+        """For each token row the number of its example: rows of one conversation stay on one side of a split."""
+
+    def token_rows(self, files: list[tuple[str, Path]]) -> Iterator[TokenRow]:
+        for name, path in files:
+            shape: RowFormat | None = None
+            for row in read_rows(path, name):
+                self.seen += 1
+                if isinstance(row, BadRow):
+                    self.problems.add(row)
+                    continue
+                if shape is None:
+                    shape = row_format(self._dataset.format, self._dataset.columns, row)
+                    self.formats.add(str(shape.format))
+                yield from self._rows_of(row, shape)
+
+    def _rows_of(self, row: Row, shape: RowFormat) -> Iterator[TokenRow]:
+        try:
+            rows = list(self._renderer.rows(shape.parse(row)))
+        except RowError as error:
+            self.problems.add(BadRow(row.file, row.number, str(error)))
+            return
+        self.examples.extend([self.example_count] * len(rows))
+        self.example_count += 1
+        yield from rows
+
+    def check(self) -> None:
+        self.problems.check(self.seen)
+
+
+def _held_out(examples: int, split: str | None, seed: int) -> set[int]:
+    """The examples that are measured instead of learnt."""
+    if split is None:
+        count = min(DEFAULT_SPLIT_MAX_ROWS, round(examples * DEFAULT_SPLIT))
+        count = count if examples >= DEFAULT_SPLIT_MIN_ROWS else 0
+    else:
+        fraction = float(split)
+        count = min(examples - 1, max(1, round(examples * fraction))) if fraction and examples else 0
+    return set(random.Random(seed).sample(range(examples), count))
+
+
+def _select(path: Path, examples: array[int], held_out: set[int], *, inside: bool) -> Iterator[TokenRow]:
+    rows = prepared.read_rows(path)
+    for number, example in enumerate(examples):
+        if (example in held_out) == inside:
+            row = rows[number]
+            yield TokenRow(row["input_ids"], row["labels"])
+
+
+def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -> None:
+    if train.rows == 0:
+        raise JobError(FailureClass.DATA_ERROR, "dataset.train has no usable row. Upload rows to learn from.")
+    if dataset.validation and validation.rows == 0:
+        raise JobError(
+            FailureClass.DATA_ERROR, "dataset.validation has no usable row. Upload rows, or remove dataset.validation."
+        )
+
+
+def _store(work: Folder, summary: SetSummary, path: Path) -> PreparedSet:
+    file_sha256 = sha256_file(path)
+    work.upload(path, f"{layout.PREPARE}/{path.name}", file_sha256)
+    return PreparedSet(
+        rows=summary.rows,
+        tokens=summary.tokens,
+        supervised_tokens=summary.supervised_tokens,
+        longest=summary.longest,
+        sha256=summary.sha256,
+        file_sha256=file_sha256,
+    )
+
+
+def _report(plan: TrainingPlan, document: JobDocument, model: BaseModel, reporter: Reporter) -> None:
+    data = plan.data
+    reporter.update(
+        dataset=DatasetResult(
+            format=data.format,
+            train_rows=data.train.rows,
+            validation_rows=data.validation.rows,
+            skipped_rows=data.skipped_rows,
+            train_tokens=data.train.tokens,
+            supervised_tokens=data.train.supervised_tokens,
+            sha256=data.train.sha256,
+        ),
+    )
+    reporter.resolved(
+        weight_bytes=sum(tensor.size for tensor in model.tensors),
+        largest_tensor_bytes=max(tensor.size for tensor in model.tensors),
+        model_type=plan.model_type,
+        model_revision=plan.model.revision,
+        parameters=plan.parameters,
+        learning_rate=plan.learning_rate,
+        total_steps=plan.total_steps,
+        batch_size=document.spec.hyperparameters.batch_size,
+        world_size=document.processes,
+        artifacts=plan.artifacts,
+        dtype=plan.dtype,
+        work_uri=document.work_uri,
+    )
+    log.info(
+        "prepared %d train rows (%d tokens, %d learnt) and %d validation rows; %d rows skipped",
+        data.train.rows,
+        data.train.tokens,
+        data.train.supervised_tokens,
+        data.validation.rows,
+        data.skipped_rows,
+    )

@@ -1,0 +1,231 @@
+"""Train: one of the training processes of the pod. What it needs is on disk (see `fetch`).
+
+Order: measure the base, train, measure the tuned model, record the probe, hand everything over to export. A model that
+did not reach its last step is never handed over.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, set_seed
+
+from finetune_api.document import JobDocument
+from finetune_api.report import Report
+from finetune_api.spec import AdapterType
+from finetune_api.status import EvaluationResult, Measurement, Resolved
+from finetune_trainer import bundle, evaluate, layout, models, probe, quantized, training
+from finetune_trainer.bundle import BundleFile
+from finetune_trainer.checkpoints import CheckpointUploader
+from finetune_trainer.data import prepared
+from finetune_trainer.layout import PodDisk
+from finetune_trainer.manifest import installed_versions
+from finetune_trainer.plan import TrainingPlan
+from finetune_trainer.reporting import Reporter
+from finetune_trainer.stages import fetch
+from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.training import StopSignal
+from finetune_trainer.world import World
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "adapter"
+WEIGHTS = "weights"
+QUANTIZED = "quantized"
+PROBE = "probe"
+RESULT_FILE = "result.json"
+HISTORY_FILE = "history.jsonl"
+
+
+def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None:
+    """`reporter` is that of the main process; the others have none."""
+    stop = StopSignal()
+    stop.install()
+    world = World.from_environment()
+    spec = document.spec
+    plan = fetch.read_plan(disk)
+    work = open_folder(document.work_uri, document.storage)
+    if bundle.read(work, layout.final_prefix(document.attempt)) is not None:
+        log.info("this attempt has finished before; there is nothing to do")
+        return
+
+    compute = models.precision(spec, world)
+    checkpointing = models.activation_checkpointing(spec, world)
+    micro_batch = training.micro_batch(spec, world)
+    config = training.arguments(
+        spec,
+        plan,
+        world,
+        output=disk.training,
+        compute=compute,
+        micro_batch_size=micro_batch,
+        checkpointing=checkpointing,
+    )
+    # The configuration has set up the process group, so that processes can speak from here on.
+    train_rows = prepared.read_rows(disk.data / prepared.TRAIN_FILE)
+    validation_rows = prepared.read_rows(disk.data / prepared.VALIDATION_FILE)
+    if reporter:
+        reporter.resolved(
+            micro_batch_size=micro_batch,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            world_size=world.size,
+            precision=compute,
+            activation_checkpointing="Enabled" if checkpointing else "Disabled",
+            device=torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU",
+        )
+        reporter.phase("Loading")
+
+    base = _BaseMeasurement(document, work, world, reporter)
+    quantizes = spec.method.adapter.type is AdapterType.QLORA
+    if quantizes and base.missing:
+        # The float base is measured on its own, and its memory given back, before the 4-bit one is loaded.
+        base.measure_float(models.load_base(disk.base, compute, world), validation_rows)
+    stop.check()
+    set_seed(spec.hyperparameters.seed)
+    model = models.load_for_training(disk.base, spec, compute, world)
+    stop.check()
+    if base.missing or base.quantized_missing(quantizes):
+        base.measure_loaded(model, validation_rows, quantized=quantizes)
+    stop.check()
+
+    handover = _Handover(document, disk, work) if reporter else None
+    if handover and quantizes:
+        handover.send_quantized(model)
+    facts = {"document": document.digest, "data": plan.data.train.sha256, "world_size": world.size}
+    uploader = CheckpointUploader(work, document, reporter, facts) if reporter else None
+    callback = training.LoopCallback(spec, plan, world, stop, reporter, uploader, validation_rows)
+    tokenizer = AutoTokenizer.from_pretrained(disk.base, local_files_only=True)
+    trainer = training.build_trainer(model, tokenizer, train_rows, config, [callback])
+    resume = disk.checkpoint if disk.checkpoint.is_dir() else None
+    # Training shuffles with its own generators; what was drawn before must not depend on what was measured before.
+    set_seed(spec.hyperparameters.seed)
+    try:
+        training.train(trainer, resume, callback)
+    finally:
+        if uploader:
+            uploader.close()
+    # `train` returns normally after an early stop: only the step count tells.
+    if trainer.state.global_step < plan.total_steps:
+        raise training.stopped(f"after step {trainer.state.global_step} of {plan.total_steps}; a checkpoint was saved")
+
+    if reporter:
+        reporter.phase("Evaluating")
+    tuned = evaluate.measure(trainer.model, validation_rows, world)
+    if reporter:
+        reporter.evaluation(tuned=tuned)
+        if tuned:
+            log.info("tuned model: validation perplexity %s", tuned.perplexity)
+        reporter.phase("Saving")
+    if handover and reporter:
+        handover.complete(plan, trainer, train_rows, validation_rows, reporter.report)
+        reporter.phase("Done")
+    world.barrier()
+    trainer.end()
+
+
+class _BaseMeasurement:
+    """The base measured before the first step of the first attempt, and stored: a resumed attempt must not measure a
+    tuned model as the base."""
+
+    def __init__(self, document: JobDocument, work: Folder, world: World, reporter: Reporter | None) -> None:
+        self._work = work
+        self._world = world
+        self._reporter = reporter
+        self._result = EvaluationResult()
+        if work.stat(layout.BASE_EVALUATION) is not None:
+            self._result = EvaluationResult.model_validate_json(work.read(layout.BASE_EVALUATION))
+            self._report()
+
+    @property
+    def missing(self) -> bool:
+        return self._result.base is None
+
+    def quantized_missing(self, quantizes: bool) -> bool:
+        return quantizes and self._result.quantized_base is None
+
+    def measure_float(self, model: Any, rows: Dataset) -> None:
+        self._measure(model, rows, "base")
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def measure_loaded(self, model: Any, rows: Dataset, *, quantized: bool) -> None:
+        """Measure the model that will be trained; its adapter, if any, still does nothing."""
+        self._measure(model, rows, "quantized_base" if quantized else "base")
+
+    def _measure(self, model: Any, rows: Dataset, name: str) -> None:
+        if self._reporter:
+            self._reporter.phase("MeasuringBase")
+        measured: Measurement | None = evaluate.measure(model, rows, self._world)
+        if measured is None:
+            return
+        self._result = self._result.model_copy(update={name: measured})
+        if self._reporter:
+            log.info("%s: validation perplexity %s", name.replace("_", " "), measured.perplexity)
+            self._work.write(layout.BASE_EVALUATION, self._result.model_dump_json(by_alias=True).encode())
+            self._report()
+
+    def _report(self) -> None:
+        if self._reporter:
+            self._reporter.evaluation(base=self._result.base, quantized_base=self._result.quantized_base)
+
+
+class _Handover:
+    """Stores what export needs, as one bundle."""
+
+    def __init__(self, document: JobDocument, disk: PodDisk, work: Folder) -> None:
+        self._document = document
+        self._disk = disk
+        self._work = work
+        self._prefix = layout.final_prefix(document.attempt)
+        self._sending: Future[list[BundleFile]] | None = None
+
+    def send_quantized(self, model: Any) -> None:
+        """Store the 4-bit base in the background while training runs: it will not change any more."""
+        quantized.store(model, self._disk.quantized)
+        self._sending = ThreadPoolExecutor(1).submit(
+            bundle.upload_files, self._disk.quantized, self._work, f"{self._prefix}/{QUANTIZED}"
+        )
+
+    def complete(
+        self, plan: TrainingPlan, trainer: training.Trainer, train: Dataset, validation: Dataset, report: Report
+    ) -> None:
+        final = self._disk.final
+        shutil.rmtree(final, ignore_errors=True)
+        (final / PROBE).mkdir(parents=True)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        rows = probe.choose(train, validation, self._document.spec.hyperparameters.seed)
+        probe.store(final / PROBE, rows, probe.log_probs(model, rows))
+        if self._document.spec.method.adapter.type is AdapterType.FULL:
+            model.save_pretrained(final / WEIGHTS, max_shard_size="2GB")
+        else:
+            model.save_pretrained(final / ADAPTER)
+            (final / ADAPTER / "README.md").unlink(missing_ok=True)
+        history = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        (final / HISTORY_FILE).write_text(history)
+        result = {
+            "evaluation": (report.evaluation or EvaluationResult()).to_json_dict(),
+            "resolved": (report.resolved or Resolved()).to_json_dict(),
+            "totalSteps": plan.total_steps,
+            "versions": installed_versions(),
+        }
+        (final / RESULT_FILE).write_text(json.dumps(result, indent=1))
+        files = bundle.upload_files(final, self._work, self._prefix)
+        for file in self._sending.result() if self._sending else []:
+            files.append(file.model_copy(update={"path": f"{QUANTIZED}/{file.path}"}))
+        bundle.publish(self._work, self._prefix, files, {"document": self._document.digest})
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What the train stage handed over beside the weights."""
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
+    return result

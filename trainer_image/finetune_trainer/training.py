@@ -1,0 +1,292 @@
+"""The training loop: TRL's SFTTrainer, with callbacks that report, checkpoint, stop on SIGTERM and watch the loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from finetune_api.failures import FailureClass, JobError
+from finetune_api.report import StepProgress
+from finetune_api.spec import FineTuneJobSpec, Optimizer
+from finetune_trainer import evaluate
+from finetune_trainer.checkpoints import CheckpointUploader
+from finetune_trainer.plan import TrainingPlan
+from finetune_trainer.reporting import Reporter, now
+from finetune_trainer.world import World
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MICRO_BATCH = 8
+MAX_LOG_ENTRIES = 1000
+"""Losses that are logged over a whole run; each costs a synchronisation with the GPU."""
+
+_OPTIMIZERS = {
+    Optimizer.ADAMW: "adamw_torch",
+    Optimizer.ADAMW_8BIT: "adamw_8bit",
+    Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit",
+}
+
+
+class StopSignal:
+    """SIGTERM sets a flag; training saves a checkpoint at the end of the step and stops."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def check(self) -> None:
+        """Give up at a point where there is nothing to save.
+
+        Raises:
+            JobError: Terminated.
+        """
+        if self.requested:
+            raise stopped("before a step was made")
+
+
+def stopped(when: str) -> JobError:
+    return JobError(FailureClass.TERMINATED, f"The pod was stopped from outside {when}.")
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer without what it would write for a hub repository."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+
+def micro_batch(spec: FineTuneJobSpec, world: World) -> int:
+    """Rows one process computes at once: as asked, or the largest divisor of its share up to eight."""
+    share = spec.hyperparameters.batch_size // world.size
+    asked = spec.hyperparameters.micro_batch_size
+    if asked is not None:
+        return asked
+    return max(size for size in range(1, min(DEFAULT_MICRO_BATCH, share) + 1) if share % size == 0)
+
+
+def arguments(
+    spec: FineTuneJobSpec,
+    plan: TrainingPlan,
+    world: World,
+    *,
+    output: Path,
+    compute: str,
+    micro_batch_size: int,
+    checkpointing: bool,
+) -> SFTConfig:
+    parameters = spec.hyperparameters
+    on_cpu = world.device.type == "cpu"
+    return SFTConfig(
+        output_dir=str(output),
+        max_steps=plan.total_steps,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=parameters.batch_size // (micro_batch_size * world.size),
+        learning_rate=float(plan.learning_rate),
+        lr_scheduler_type=parameters.scheduler.lower(),
+        warmup_steps=round(float(parameters.warmup_ratio) * plan.total_steps),
+        weight_decay=float(parameters.weight_decay),
+        max_grad_norm=float(parameters.max_grad_norm),
+        optim=_OPTIMIZERS[parameters.optimizer],
+        seed=parameters.seed,
+        data_seed=parameters.seed,
+        bf16=compute == "BF16",
+        use_cpu=on_cpu,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        logging_steps=max(1, plan.total_steps // MAX_LOG_ENTRIES),
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        save_strategy="no",  # the callback decides
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    config: SFTConfig,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    # TRL turns the adapters of a quantised model to bfloat16 in its constructor; see `models` for why they stay
+    # float32.
+    trained = {name: tensor.data for name, tensor in model.named_parameters() if tensor.requires_grad}
+    trainer = Trainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    for name, tensor in trainer.model.named_parameters():
+        if name in trained:
+            tensor.data = trained[name]
+    return trainer
+
+
+class LoopCallback(TrainerCallback):
+    """Decides at the end of each step, in all processes alike, whether to save, to stop and to measure."""
+
+    def __init__(
+        self,
+        spec: FineTuneJobSpec,
+        plan: TrainingPlan,
+        world: World,
+        stop: StopSignal,
+        reporter: Reporter | None,
+        uploader: CheckpointUploader | None,
+        validation: Dataset,
+    ) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._world = world
+        self._stop = stop
+        self._reporter = reporter
+        self._uploader = uploader
+        self._validation = validation
+        self._last_save = time.monotonic()
+        self._save_started = 0.0
+        self._step_started = 0.0
+        self._recent_steps: deque[float] = deque(maxlen=50)
+        self._first: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last_save = time.monotonic()
+        if self._reporter:
+            self._reporter.phase("Training")
+            self._report(state, {})
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step_started = time.monotonic()
+        if self._first is None:
+            self._first = (self._step_started, state.num_input_tokens_seen)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._recent_steps.append(time.monotonic() - self._step_started)
+        every = self._spec.checkpoint
+        due = every.every_seconds > 0 and time.monotonic() - self._last_save >= every.every_seconds
+        # Clocks and signals differ between processes; one that saves alone would wait for the others for ever.
+        stop, due = self._world.any(self._stop.requested, due)
+        due = due or (every.every_steps > 0 and state.global_step % every.every_steps == 0)
+        if stop or due or state.global_step >= state.max_steps:
+            control.should_save = True
+            self._save_started = time.monotonic()
+        if stop:
+            control.should_training_stop = True
+        wanted = self._spec.evaluation.every_steps
+        if wanted and state.global_step % wanted == 0 and not stop and state.global_step < state.max_steps:
+            self._measure(kwargs["model"], state)
+        if self._reporter:
+            self._report(state, {})
+
+    def _measure(self, model: Any, state: TrainerState) -> None:
+        result = evaluate.measure(model, self._validation, self._world)
+        if result and self._reporter:
+            log.info("step %d: validation loss %s, perplexity %s", state.global_step, result.loss, result.perplexity)
+            self._reporter.evaluation(tuned=result)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._world.barrier()  # every process has written its part
+        self._last_save = time.monotonic()
+        if self._uploader:
+            assert args.output_dir is not None
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._uploader.submit(folder, state.global_step, time.monotonic() - self._save_started)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        for name in ("loss", "grad_norm"):
+            value = logs.get(name)
+            if value is not None and not math.isfinite(value):
+                raise JobError(
+                    FailureClass.LOSS_DIVERGED,
+                    f"The {name} became {value} at step {state.global_step}. Lower hyperparameters.learningRate, or "
+                    "look for broken rows.",
+                )
+        if "loss" in logs and self._reporter:
+            log.info(
+                "step %d/%d loss %.4f learning rate %.2e",
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+                logs.get("learning_rate", 0.0),
+            )
+            self._report(state, logs)
+
+    def resumed_at_the_end(self, state: TrainerState) -> None:
+        """There was no step left to make."""
+        if self._reporter:
+            self._report(state, next((entry for entry in reversed(state.log_history) if "loss" in entry), {}))
+
+    def _report(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        assert self._reporter is not None
+        before = self._reporter.report.progress
+        speed = None
+        if self._first is not None and (elapsed := time.monotonic() - self._first[0]) > 0:
+            speed = (state.num_input_tokens_seen - self._first[1]) / elapsed
+
+        def latest(name: str, field: str) -> float | None:
+            value = logs.get(name, getattr(before, field) if before else None)
+            return None if value is None else float(value)
+
+        self._reporter.update(
+            progress=StepProgress(
+                step=state.global_step,
+                total_steps=state.max_steps,
+                epoch=round(state.epoch or 0.0, 4),
+                loss=latest("loss", "loss"),
+                learning_rate=latest("learning_rate", "learning_rate"),
+                grad_norm=latest("grad_norm", "grad_norm"),
+                tokens_per_second=round(speed, 1) if speed else None,
+                trained_tokens=int(state.num_input_tokens_seen),
+                step_seconds=round(statistics.median(self._recent_steps), 3) if self._recent_steps else None,
+                last_step_time=now() if self._recent_steps else None,
+                gpu_memory_peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            )
+        )
+
+
+def train(trainer: Trainer, checkpoint: Path | None, callback: LoopCallback) -> None:
+    """Run the loop from the beginning or from a checkpoint, to the last step or until it is stopped."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # The attempt before this one died after its last step. The loop would make one more before it looks.
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            callback.resumed_at_the_end(state)
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,0 +1,51 @@
+"""The training processes of one pod, as one of them sees it. With one process nothing is communicated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """The agent sets the variables that torch and accelerate read too."""
+        return cls(
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+            int(os.environ.get("LOCAL_RANK", "0")),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def sum(self, *values: float) -> list[float]:
+        """Add up numbers over all processes, in double precision."""
+        return self._reduce(values, "SUM")
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in at least one process."""
+        return [bool(value) for value in self._reduce([float(flag) for flag in flags], "MAX")]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def _reduce(self, values: tuple[float, ...] | list[float], operation: str) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation))
+        return [float(value) for value in tensor.tolist()]
