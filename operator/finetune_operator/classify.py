@@ -1,0 +1,44 @@
+"""Why an attempt failed, from the Job's own condition alone.
+
+The pod's object is gone within a second of its end, and the operator may have been down. The Job's podFailurePolicy
+makes the Job controller write the cause into the Job's condition, where it stays: a disruption, or the exit code.
+What a report or a pod status adds is detail, and never changes what happens next.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from finetune_api.failures import FailureClass, class_of_exit_code
+from finetune_operator.observe import ChildJob
+
+_EXIT_CODE = re.compile(r"Container \S+ for pod (?P<pod>\S+) failed with exit code (?P<code>\d+)")
+_DISRUPTED = re.compile(r"Pod (?P<pod>\S+) has condition DisruptionTarget")
+
+
+@dataclass(frozen=True)
+class Cause:
+    failure_class: FailureClass
+    exit_code: int | None = None
+    pod: str = ""
+    """Name of the pod, without its namespace."""
+
+
+def cause_of(job: ChildJob) -> Cause:
+    """The cause that the condition of a failed Job states."""
+    if job.reason == "PodFailurePolicy":
+        if match := _DISRUPTED.search(job.message):
+            return Cause(FailureClass.PREEMPTED, pod=_name(match["pod"]))
+        if match := _EXIT_CODE.search(job.message):
+            code = int(match["code"])
+            return Cause(class_of_exit_code(code), code, _name(match["pod"]))
+    if job.reason == "BackoffLimitExceeded":
+        # Every exit code has a rule, so a pod that is counted without one never had an exit code: it was deleted
+        # before its container ran.
+        return Cause(FailureClass.TERMINATED)
+    return Cause(FailureClass.UNKNOWN)
+
+
+def _name(namespaced: str) -> str:
+    return namespaced.rpartition("/")[2]

@@ -1,0 +1,85 @@
+"""Settings of the operator, read once from the environment. The Helm chart sets them from its values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Settings:
+    trainer_image: str = "ghcr.io/finetune-operator/trainer:latest"
+    """Image of the pods; FINETUNE_TRAINER_IMAGE."""
+
+    image_pull_policy: str = "IfNotPresent"
+    """FINETUNE_IMAGE_PULL_POLICY."""
+
+    image_pull_secrets: tuple[str, ...] = ()
+    """Names of pull secrets in the job's namespace, comma-separated; FINETUNE_IMAGE_PULL_SECRETS."""
+
+    namespaces: tuple[str, ...] = ()
+    """Namespaces to watch, comma-separated; empty watches all. FINETUNE_NAMESPACES."""
+
+    s3_endpoint: str = ""
+    """Default of storage.endpoint; empty means AWS. FINETUNE_S3_ENDPOINT."""
+
+    s3_region: str = ""
+    """Default of storage.region; FINETUNE_S3_REGION."""
+
+    s3_addressing_style: str = "Auto"
+    """Default of storage.addressingStyle: Auto, Path or Virtual. FINETUNE_S3_ADDRESSING_STYLE."""
+
+    allow_files: bool = False
+    """Allow file:// URIs. Only where pods share a file system with the user; FINETUNE_ALLOW_FILES."""
+
+    http_host: str = ""
+    """Address of /metrics, /healthz and /readyz; empty is every address, IPv4 and IPv6. FINETUNE_HTTP_HOST."""
+
+    http_port: int = 8080
+    """Their port; FINETUNE_HTTP_PORT."""
+
+    resync_seconds: float = 60.0
+    """Every job is looked at again so often, whatever events were missed; FINETUNE_RESYNC_SECONDS."""
+
+    poll_seconds: float = 5.0
+    """Progress of a running job is read so often; FINETUNE_POLL_SECONDS."""
+
+    progress_seconds: float = 10.0
+    """Progress alone is written to the API server at most so often; FINETUNE_PROGRESS_SECONDS."""
+
+    stall_seconds: int = 1800
+    """Training that makes no step for so long is ended; FINETUNE_STALL_SECONDS."""
+
+    workers: int = 16
+    """Jobs that are looked at at the same time; FINETUNE_WORKERS."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """
+        Raises:
+            ValueError: a variable cannot be read; the message names it.
+        """
+        environment = os.environ if environment is None else environment
+        values: dict[str, object] = {}
+        for field in fields(cls):
+            name = f"FINETUNE_{field.name.upper()}"
+            text = environment.get(name)
+            if text is None:
+                continue
+            try:
+                values[field.name] = _parse(text, type(field.default))
+            except ValueError as error:
+                raise ValueError(f"{name}={text!r} cannot be read: {error}") from error
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _parse(text: str, kind: type) -> object:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("write true or false")
+        return text.lower() == "true"
+    if kind is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    value: object = kind(text)
+    return value

@@ -1,0 +1,177 @@
+"""The only module that knows kopf: which events make which job dirty, and how the operator lives.
+
+Everything is `on.event`: no finalizer and no annotation of kopf's is put on any object, so that an operator that is
+uninstalled strands nothing. Handlers only mark a job dirty, and return None: kopf would write a returned value into the
+status of the object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import kopf
+from aiohttp import web
+
+from finetune_api import GROUP, PLURAL, VERSION
+from finetune_api.names import LABEL_JOB_NAME, LABEL_JOB_UID
+from finetune_operator import server
+from finetune_operator.config import Settings
+from finetune_operator.kube import FINETUNE_JOBS, Kube, load_client
+from finetune_operator.metrics import Metrics
+from finetune_operator.progress import ProgressReader
+from finetune_operator.reconcile import Key, Reconciler
+from finetune_operator.work_queue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+
+class Operator:
+    """What lives as long as the process: the queue, the clients, the resync."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self._reader = ProgressReader()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._server: web.AppRunner | None = None
+        self._started = time.monotonic()
+        self._resynced = self._started
+        self._watched: dict[Key, str] = {}
+        self._unwatched: dict[Key, str] = {}
+        """Versions that a resync found and the watch had not shown."""
+        self._silent = False
+        self.metrics.queue_depth.set_function(lambda: float(len(self.queue)))
+
+    def watched(self, namespace: str | None, name: str | None, version: str | None) -> None:
+        """The watch has shown a version of a job."""
+        if namespace and name and version:
+            self._watched[Key(namespace, name)] = version
+
+    def mark(self, namespace: str | None, name: str | None) -> None:
+        if namespace and name:
+            self.queue.add(Key(namespace, name))
+
+    async def start(self) -> None:
+        api = await load_client()
+        kube = Kube(api, self.metrics.request)
+        reconciler = Reconciler(kube, self._reader, self.settings, self.metrics, self.queue.add)
+        self._api = api
+        self._tasks = [
+            asyncio.create_task(self.queue.run(reconciler, self.settings.workers), name="workers"),
+            asyncio.create_task(self._resync(kube), name="resync"),
+        ]
+        self._server = await server.serve(
+            self.settings.http_host, self.settings.http_port, self.metrics, self.unhealthy
+        )
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self._server is not None:
+            await self._server.cleanup()
+        await self._reader.close()
+        await self._api.close()  # type: ignore[no-untyped-call]
+
+    def unhealthy(self) -> str:
+        """What is wrong with the operator; empty when nothing is."""
+        dead = [task.get_name() for task in self._tasks if task.done()]
+        if dead:
+            return f"{dead[0]} ended\n"
+        if self._silent:
+            return "the watch of FineTuneJobs shows no changes\n"
+        age = time.monotonic() - self._resynced
+        if age > 3 * self.settings.resync_seconds + 30:
+            return f"the last successful resync was {age:.0f} s ago\n"
+        return ""
+
+    async def _resync(self, kube: Kube) -> None:
+        """Look at every job now and then: events can be missed, and time passes without any."""
+        while True:
+            try:
+                found = [
+                    (Key(body["metadata"]["namespace"], body["metadata"]["name"]), body["metadata"]["resourceVersion"])
+                    for namespace in self.settings.namespaces or (None,)
+                    for body in await kube.list(FINETUNE_JOBS, namespace)
+                ]
+                self._judge_watch(dict(found))
+                for key, _ in found:
+                    self.queue.add(key)
+                self._resynced = time.monotonic()
+                self.metrics.last_resync.set_to_current_time()
+            except Exception as error:
+                log.warning("resync failed: %s", error)
+            await asyncio.sleep(self.settings.resync_seconds)
+
+    def _judge_watch(self, found: dict[Key, str]) -> None:
+        """A version that the watch has not shown from one resync to the next tells that the watch is dead."""
+        self._watched = {key: version for key, version in self._watched.items() if key in found}
+        unwatched = {key: version for key, version in found.items() if self._watched.get(key) != version}
+        self._silent = any(self._unwatched.get(key) == version for key, version in unwatched.items())
+        self._unwatched = unwatched
+
+
+def build_registry(operator: Operator) -> kopf.OperatorRegistry:
+    """All handlers. An explicit registry has no login handler of its own."""
+    registry = kopf.OperatorRegistry()
+    children = {LABEL_JOB_UID: kopf.PRESENT}
+
+    @kopf.on.login(registry=registry)
+    def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        account = kopf.login_with_service_account(**kwargs)
+        if account is None:
+            return kopf.login_with_kubeconfig(**kwargs)
+        # By its address, as other clients have it: kopf's name for the server needs a DNS that answers.
+        host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+        return replace(account, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}")
+
+    @kopf.on.startup(registry=registry)
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings, operator.settings)
+        await operator.start()
+
+    @kopf.on.cleanup(registry=registry)
+    async def stop(**_: Any) -> None:
+        await operator.stop()
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def job_changed(namespace: str | None, name: str | None, meta: kopf.Meta, **_: Any) -> None:
+        operator.watched(namespace, name, meta.get("resourceVersion"))
+        operator.mark(namespace, name)
+
+    @kopf.on.event("batch", "v1", "jobs", labels=children, registry=registry)
+    @kopf.on.event("", "v1", "pods", labels=children, registry=registry)
+    async def child_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+        operator.mark(namespace, labels.get(LABEL_JOB_NAME))
+
+    return registry
+
+
+def configure(settings: kopf.OperatorSettings, ours: Settings) -> None:
+    # Names of our own: kopf's default finalizer is shared by all kopf operators, and each removes it from the others'
+    # objects (nolar/kopf#664). We never set it, but an `on.event` operator would still strip it.
+    settings.persistence.finalizer = f"{GROUP}/finalizer"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP)
+    # The server filters: without this, kopf streams every Job and Pod of the cluster.
+    for resource in (("batch", "jobs"), ("", "pods")):
+        settings.watching.label_selectors[resource] = LABEL_JOB_UID
+    # Streams that went silent are opened anew (nolar/kopf#1267); the resync is the net below.
+    settings.watching.inactivity_timeout = 70
+    settings.watching.server_timeout = 300
+    settings.networking.request_timeout = 30
+    # Listing CRDs and namespaces needs cluster-wide rights that a namespaced install does not have.
+    settings.scanning.disabled = True
+    # Logs are logs; events are recorded explicitly.
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    settings.process.ultimate_exiting_timeout = 10

@@ -1,0 +1,195 @@
+"""The only module that speaks to the API server: a handful of verbs over plain JSON objects.
+
+The generated classes of the client are not used: they cost a deep copy of every object, and reject fields they do not
+know yet.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from finetune_api import GROUP, PLURAL, VERSION
+
+REQUEST_TIMEOUT = 20.0
+MERGE_PATCH = "application/merge-patch+json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where objects of a kind live."""
+
+    group: str
+    version: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str = "", subresource: str = "") -> str:
+        root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
+        parts = [root, *(["namespaces", namespace] if namespace else []), self.plural]
+        return "/".join(part for part in [*parts, name, subresource] if part)
+
+
+JOBS = Kind("batch", "v1", "jobs")
+PODS = Kind("", "v1", "pods")
+CONFIG_MAPS = Kind("", "v1", "configmaps")
+EVENTS = Kind("", "v1", "events")
+FINETUNE_JOBS = Kind(GROUP, VERSION, PLURAL)
+BY_NAME = {"ConfigMap": CONFIG_MAPS, "Job": JOBS}
+
+
+class ApiError(Exception):
+    """The API server said no."""
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+        self.retry_after = retry_after
+
+
+class RequestObserver(Protocol):
+    def __call__(self, verb: str, resource: str, code: int, seconds: float) -> None: ...
+
+
+async def load_client() -> client.ApiClient:
+    """A client from the pod's service account, or from the kubeconfig file."""
+    configuration = client.Configuration()
+    try:
+        config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+    return client.ApiClient(configuration)
+
+
+async def load_client_of_user(kubeconfig: str | None, context: str | None) -> tuple[client.ApiClient, str]:
+    """A client and the default namespace, as kubectl would have them.
+
+    Raises:
+        config.ConfigException: there is no usable kubeconfig.
+    """
+    configuration = client.Configuration()
+    loader = await config.load_kube_config(  # type: ignore[no-untyped-call]
+        config_file=kubeconfig, context=context, client_configuration=configuration
+    )
+    namespace = loader.current_context["context"].get("namespace") or "default"
+    return client.ApiClient(configuration), namespace
+
+
+class Kube:
+    """Verbs on objects. Errors are `ApiError`; network errors pass through as they are."""
+
+    def __init__(self, api: client.ApiClient, observer: RequestObserver | None = None) -> None:
+        self._api = api
+        self._observer = observer
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
+        """The object, or None when it does not exist."""
+        try:
+            return await self._request("GET", kind, kind.path(namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def list(self, kind: Kind, namespace: str | None, **query: str) -> list[dict[str, Any]]:
+        """All objects, page by page. Query parameters: labelSelector, fieldSelector."""
+        items: list[dict[str, Any]] = []
+        parameters = {"limit": "500", **query}
+        while True:
+            page = await self._request("GET", kind, kind.path(namespace), query=parameters)
+            items += page.get("items") or []
+            more = (page.get("metadata") or {}).get("continue")
+            if not more:
+                return items
+            parameters = {**parameters, "continue": more}
+
+    async def create(self, kind: Kind, namespace: str, body: dict[str, Any], **query: str) -> dict[str, Any]:
+        return await self._request("POST", kind, kind.path(namespace), query=query, body=body)
+
+    async def delete(self, kind: Kind, namespace: str, name: str) -> None:
+        """Delete an object, and its children after it; one that is gone already is fine."""
+        try:
+            await self._request("DELETE", kind, kind.path(namespace, name), body={"propagationPolicy": "Background"})
+        except ApiError as error:
+            if error.status != 404:
+                raise
+
+    async def stream_log(self, namespace: str, pod: str, **query: str) -> AsyncIterator[bytes]:
+        """The log of a pod, piece by piece; with follow="true" until it ends."""
+        request = await self._api.param_serialize(
+            "GET",
+            PODS.path(namespace, pod, "log"),
+            query_params=list(query.items()),
+            header_params={"Accept": "*/*"},
+            auth_settings=["BearerToken"],
+        )
+        endless = aiohttp.ClientTimeout(total=None, connect=REQUEST_TIMEOUT)
+        response = await self._api.call_api(*request, _request_timeout=endless)
+        if response.status >= 300:
+            raise _error(response.status, response.headers, await response.read())  # type: ignore[no-untyped-call]
+        async for piece in response.response.content.iter_any():
+            yield piece
+
+    async def patch_status(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Merge patch of the status. A resourceVersion in the body makes it fail with 409 when the object changed."""
+        return await self._request("PATCH", kind, kind.path(namespace, name, "status"), body=body)
+
+    async def _request(
+        self,
+        method: str,
+        kind: Kind,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = MERGE_PATCH if method == "PATCH" else "application/json"
+        request = await self._api.param_serialize(
+            method,
+            path,
+            query_params=list((query or {}).items()),
+            header_params=headers,
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        started = time.monotonic()
+        response = await self._api.call_api(*request, _request_timeout=REQUEST_TIMEOUT)
+        data: bytes = await response.read()  # type: ignore[no-untyped-call]
+        if self._observer:
+            self._observer(method, kind.plural, response.status, time.monotonic() - started)
+        if response.status >= 300:
+            raise _error(response.status, response.headers, data)
+        result: dict[str, Any] = json.loads(data)
+        return result
+
+
+def _error(status: int, headers: Mapping[str, str], data: bytes) -> ApiError:
+    try:
+        message = str(json.loads(data).get("message") or "")
+    except (ValueError, AttributeError):
+        message = data[:300].decode(errors="replace")
+    try:
+        retry_after = float(headers["Retry-After"])
+    except (KeyError, ValueError):
+        retry_after = None
+    return ApiError(status, message, retry_after)
+
+
+def merge_patch(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The JSON merge patch that turns one object into the other (RFC 7396): null removes, lists are replaced whole."""
+    patch: dict[str, Any] = dict.fromkeys(before.keys() - after.keys())
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if inner := merge_patch(old, value):
+                patch[key] = inner
+        elif key not in before or old != value:
+            patch[key] = value
+    return patch

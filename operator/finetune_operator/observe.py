@@ -1,0 +1,197 @@
+"""What is true now, from the objects that the API server returned. Pure; nothing is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_STAGE, Stage
+from finetune_api.report import Report, decode
+from finetune_operator.resource import parse_time
+
+
+class Outcome(StrEnum):
+    RUNNING = "Running"
+    FAILING = "Failing"
+    """The Job controller has decided (FailureTarget), pods may still be there."""
+    FAILED = "Failed"
+    COMPLETE = "Complete"
+
+
+@dataclass(frozen=True)
+class ChildJob:
+    name: str
+    stage: Stage
+    attempt: int
+    created: datetime
+    deleting: bool
+    outcome: Outcome
+    reason: str = ""
+    """Of the condition that decided."""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why a pod does not run."""
+
+    reason: str
+    """As Kubernetes says it: Unschedulable, ImagePullBackOff, CreateContainerConfigError, ..."""
+    message: str
+
+
+@dataclass(frozen=True)
+class ChildPod:
+    name: str
+    stage: Stage
+    attempt: int
+    node: str
+    ip: str
+    finished: bool
+    """It will never run again."""
+    deleting: bool
+    started: datetime | None
+    """When its container began to run."""
+    running: bool
+    waiting: Waiting | None
+    exit_code: int | None
+    oom_killed: bool
+    report: Report | None
+    """From its termination message."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """An object with the name of one of our children that is not ours."""
+
+    kind: str
+    name: str
+    stale: bool
+    """It belonged to a deleted job and is being removed; else it is somebody's and is never touched."""
+    owner: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    jobs: tuple[ChildJob, ...] = ()
+    pods: tuple[ChildPod, ...] = ()
+    refusals: tuple[str, ...] = ()
+    """Why the Job controller could not make pods: messages of Warning events, newest first."""
+    conflict: Conflict | None = None
+    create_error: str = ""
+    """Why the API server refuses to create a child."""
+    live: Report | None = None
+    """What the running pod says."""
+    unreachable: str = ""
+    """Why the running pod could not be asked; empty when it was not tried or answered."""
+
+    def job(self, stage: Stage, attempt: int) -> ChildJob | None:
+        return next((job for job in self.jobs if (job.stage, job.attempt) == (stage, attempt)), None)
+
+    def pod(self, stage: Stage, attempt: int) -> ChildPod | None:
+        """The newest pod of an attempt; one that still can run before one that cannot."""
+        pods = [pod for pod in self.pods if (pod.stage, pod.attempt) == (stage, attempt)]
+        return next((pod for pod in pods if not pod.finished), pods[-1] if pods else None)
+
+    def newest_attempt(self, stage: Stage) -> int:
+        return max((job.attempt for job in self.jobs if job.stage is stage), default=0)
+
+
+def read_jobs(objects: Iterable[dict[str, Any]]) -> tuple[ChildJob, ...]:
+    jobs = (_read_job(item) for item in objects)
+    return tuple(sorted((job for job in jobs if job), key=lambda job: (job.stage, job.attempt)))
+
+
+def read_pods(objects: Iterable[dict[str, Any]]) -> tuple[ChildPod, ...]:
+    ordered = sorted(objects, key=lambda item: str(item["metadata"].get("creationTimestamp")))
+    return tuple(pod for pod in map(_read_pod, ordered) if pod)
+
+
+def _position(metadata: dict[str, Any]) -> tuple[Stage, int] | None:
+    """Stage and attempt from the labels; None for an object that somebody labelled by hand."""
+    labels = metadata.get("labels") or {}
+    try:
+        return Stage(labels.get(LABEL_STAGE, "")), int(labels.get(LABEL_ATTEMPT, ""))
+    except ValueError:
+        return None
+
+
+def _read_job(item: dict[str, Any]) -> ChildJob | None:
+    metadata = item["metadata"]
+    position = _position(metadata)
+    if position is None:
+        return None
+    outcome, reason, message = Outcome.RUNNING, "", ""
+    conditions = {
+        condition["type"]: condition
+        for condition in (item.get("status") or {}).get("conditions") or []
+        if condition.get("status") == "True"
+    }
+    # Failed comes after FailureTarget, when the pods are gone; both carry the same words.
+    for kind, found in (
+        ("FailureTarget", Outcome.FAILING),
+        ("Failed", Outcome.FAILED),
+        ("Complete", Outcome.COMPLETE),
+    ):
+        if kind in conditions:
+            outcome = found
+            reason = conditions[kind].get("reason") or ""
+            message = conditions[kind].get("message") or ""
+    return ChildJob(
+        name=metadata["name"],
+        stage=position[0],
+        attempt=position[1],
+        created=parse_time(metadata["creationTimestamp"]),
+        deleting="deletionTimestamp" in metadata,
+        outcome=outcome,
+        reason=reason,
+        message=message,
+    )
+
+
+def _read_pod(item: dict[str, Any]) -> ChildPod | None:
+    metadata = item["metadata"]
+    position = _position(metadata)
+    if position is None:
+        return None
+    status = item.get("status") or {}
+    container: dict[str, Any] = next(
+        (entry for entry in status.get("containerStatuses") or [] if entry.get("name") == CONTAINER), {}
+    )
+    state = container.get("state") or {}
+    running, ended = state.get("running"), state.get("terminated")
+    started = (running or ended or {}).get("startedAt")
+    return ChildPod(
+        name=metadata["name"],
+        stage=position[0],
+        attempt=position[1],
+        node=(item.get("spec") or {}).get("nodeName") or "",
+        ip=status.get("podIP") or "",
+        finished=status.get("phase") in ("Succeeded", "Failed"),
+        deleting="deletionTimestamp" in metadata,
+        started=parse_time(started) if started else None,
+        running=running is not None,
+        waiting=_waiting(status, state),
+        exit_code=ended.get("exitCode") if ended else None,
+        oom_killed=bool(ended and ended.get("reason") == "OOMKilled"),
+        report=decode(ended.get("message")) if ended else None,
+    )
+
+
+def _waiting(status: dict[str, Any], state: dict[str, Any]) -> Waiting | None:
+    if waiting := state.get("waiting"):
+        return Waiting(waiting.get("reason") or "", waiting.get("message") or "")
+    for condition in status.get("conditions") or []:
+        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
+            return Waiting(condition.get("reason") or "", condition.get("message") or "")
+    return None
+
+
+def read_refusals(events: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """Messages of Warning events of a Job, newest first: quota, Pod Security and webhooks speak nowhere else."""
+    warnings = [event for event in events if event.get("type") == "Warning"]
+    newest = sorted(warnings, key=lambda event: str(event.get("lastTimestamp") or ""), reverse=True)
+    return tuple(str(event.get("message") or "") for event in newest)

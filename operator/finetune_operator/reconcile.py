@@ -1,0 +1,211 @@
+"""Look, plan, write: the only module that sequences I/O.
+
+Reads go to the API server each time: an old picture could start a second Job, and names alone would not notice. Writes
+are idempotent: children have deterministic names, the status carries the resourceVersion it was planned on, events have
+names made from what they say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api import API_VERSION, KIND
+from finetune_api.names import LABEL_JOB_UID, MANAGER
+from finetune_api.report import Report
+from finetune_operator.config import Settings
+from finetune_operator.kube import BY_NAME, EVENTS, FINETUNE_JOBS, JOBS, PODS, ApiError, Kube, merge_patch
+from finetune_operator.metrics import Metrics
+from finetune_operator.observe import Conflict, Observation, read_jobs, read_pods, read_refusals
+from finetune_operator.plan import Plan, plan
+from finetune_operator.progress import ProgressReader
+from finetune_operator.resource import FineTuneJob, format_time
+from finetune_operator.status import Note
+
+log = logging.getLogger(__name__)
+
+ERROR_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Seconds before a job is looked at again after errors in a row."""
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """A FineTuneJob by name; its uid is whatever lives there now."""
+
+    namespace: str
+    name: str
+
+
+class Reconciler:
+    def __init__(
+        self,
+        kube: Kube,
+        reader: ProgressReader,
+        settings: Settings,
+        metrics: Metrics,
+        again: Callable[[Key, float], None],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._kube = kube
+        self._reader = reader
+        self._settings = settings
+        self._metrics = metrics
+        self._again = again
+        self._clock = clock
+        self._errors: dict[Key, int] = {}
+
+    async def __call__(self, key: Key) -> None:
+        """Bring one job forward. Never raises; what fails is tried again."""
+        with self._metrics.reconcile_seconds.time():
+            try:
+                delay = await self._reconcile(key)
+            except Exception as error:
+                delay = self._retry(key, error)
+            else:
+                self._errors.pop(key, None)
+                self._metrics.reconciles.labels("success").inc()
+        if delay is not None:
+            self._again(key, delay)
+
+    def _retry(self, key: Key, error: Exception) -> float:
+        count = self._errors[key] = self._errors.get(key, 0) + 1
+        if isinstance(error, ApiError) and error.status == 409:
+            # Somebody wrote in between: look again at once, what was planned may be wrong.
+            self._metrics.reconciles.labels("conflict").inc()
+            return 0.1
+        self._metrics.reconciles.labels("error").inc()
+        delay = ERROR_DELAYS[min(count, len(ERROR_DELAYS)) - 1]
+        if isinstance(error, ApiError) and error.retry_after:
+            delay = max(delay, error.retry_after)
+        expected = isinstance(error, ApiError | OSError | TimeoutError)
+        log.warning("%s/%s: %s; trying again in %.0f s", key.namespace, key.name, error, delay, exc_info=not expected)
+        return delay * random.uniform(0.8, 1.2)
+
+    async def _reconcile(self, key: Key) -> float | None:
+        body = await self._kube.get(FINETUNE_JOBS, key.namespace, key.name)
+        if body is None:
+            self._metrics.forget(key.namespace, key.name)
+            return None
+        job = FineTuneJob.parse(body)
+        seen = await self._observe(job)
+        planned = plan(job, seen, self._settings, self._clock())
+        if planned.needs_refusals_of and not seen.refusals:
+            events = await self._kube.list(
+                EVENTS,
+                job.namespace,
+                fieldSelector=f"involvedObject.kind=Job,involvedObject.name={planned.needs_refusals_of}",
+            )
+            seen = replace(seen, refusals=read_refusals(events))
+            planned = plan(job, seen, self._settings, self._clock())
+        obstacle = await self._create(job, planned)
+        if obstacle is not None:
+            planned = plan(job, replace(seen, **obstacle), self._settings, self._clock())
+        await self._write_status(job, planned)
+        for note in planned.notes:
+            await self._record(job, note)
+        self._metrics.observe(job, planned.status)
+        return planned.look_again
+
+    # Looking
+
+    async def _observe(self, job: FineTuneJob) -> Observation:
+        selector = f"{LABEL_JOB_UID}={job.uid}"
+        jobs = read_jobs(await self._kube.list(JOBS, job.namespace, labelSelector=selector))
+        pods = read_pods(await self._kube.list(PODS, job.namespace, labelSelector=selector))
+        live: Report | None = None
+        unreachable = ""
+        running = next((pod for pod in pods if pod.running and pod.ip and not pod.deleting), None)
+        if running is not None:
+            live, unreachable = await self._reader.read(running.ip)
+        return Observation(jobs, pods, live=live, unreachable=unreachable)
+
+    # Writing
+
+    async def _create(self, job: FineTuneJob, planned: Plan) -> dict[str, Any] | None:
+        """Create the children; what stands in the way comes back as fields of the observation."""
+        for child in planned.create:
+            kind = BY_NAME[child["kind"]]
+            name = child["metadata"]["name"]
+            try:
+                await self._kube.create(kind, job.namespace, child)
+                log.info("%s/%s: created %s %s", job.namespace, job.name, child["kind"], name)
+            except ApiError as error:
+                if error.status == 409:
+                    conflict = await self._conflict(job, child["kind"], name)
+                    if conflict is not None:
+                        return {"conflict": conflict}
+                elif error.status in (400, 403, 422):
+                    # Quota, Pod Security, a webhook, or missing rights: waiting for a person.
+                    return {"create_error": error.message}
+                else:
+                    raise
+        return None
+
+    async def _conflict(self, job: FineTuneJob, kind: str, name: str) -> Conflict | None:
+        """Whose object has the name we need; None when it is our own from before we could say so."""
+        existing = await self._kube.get(BY_NAME[kind], job.namespace, name)
+        if existing is None:
+            raise ApiError(409, f"{kind} {name} was there and is gone")
+        metadata = existing["metadata"]
+        owners = metadata.get("ownerReferences") or []
+        if any(owner.get("uid") == job.uid for owner in owners):
+            if "deletionTimestamp" in metadata:
+                return Conflict(kind, name, stale=True, owner=job.name)
+            return None
+        earlier = any(owner.get("kind") == KIND and owner.get("name") == job.name for owner in owners)
+        owner = f"{owners[0].get('kind')} {owners[0].get('name')}" if owners else "nobody"
+        return Conflict(kind, name, stale=earlier or "deletionTimestamp" in metadata, owner=owner)
+
+    async def _write_status(self, job: FineTuneJob, planned: Plan) -> None:
+        before = job.status.to_json_dict()
+        after = planned.status.to_json_dict()
+        if before == after:
+            return
+        await self._kube.patch_status(
+            FINETUNE_JOBS,
+            job.namespace,
+            job.name,
+            {
+                "metadata": {"resourceVersion": job.resource_version, "uid": job.uid},
+                "status": merge_patch(before, after),
+            },
+        )
+        if job.status.phase != planned.status.phase:
+            log.info("%s/%s: %s", job.namespace, job.name, planned.status.phase)
+
+    async def _record(self, job: FineTuneJob, note: Note) -> None:
+        """Record an event. Its name is made from what it says, so that saying it again changes nothing."""
+        now = format_time(self._clock())
+        attempt = f"{job.status.attempt}"
+        digest = hashlib.sha256(f"{job.uid}/{note.reason}/{note.message}/{attempt}".encode()).hexdigest()[:16]
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{job.name}.{digest}", "namespace": job.namespace},
+            "type": "Warning" if note.warning else "Normal",
+            "reason": note.reason,
+            "message": note.message,
+            "involvedObject": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": job.namespace,
+                "name": job.name,
+                "uid": job.uid,
+                "resourceVersion": job.resource_version,
+            },
+            "source": {"component": MANAGER},
+            "reportingComponent": MANAGER,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        try:
+            await self._kube.create(EVENTS, job.namespace, event)
+        except ApiError as error:
+            if error.status != 409:
+                log.warning("%s/%s: event %s was not recorded: %s", job.namespace, job.name, note.reason, error)

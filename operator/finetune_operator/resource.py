@@ -1,0 +1,62 @@
+"""A typed view of a FineTuneJob as the API server returned it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+
+@dataclass(frozen=True)
+class FineTuneJob:
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    deleting: bool
+    spec: FineTuneJobSpec | None
+    """None when it cannot be read; then `spec_problem` says why."""
+    spec_problem: str
+    status: FineTuneJobStatus
+
+    @classmethod
+    def parse(cls, body: dict[str, Any]) -> FineTuneJob:
+        metadata = body["metadata"]
+        spec, problem = None, ""
+        try:
+            spec = FineTuneJobSpec.model_validate(body.get("spec") or {})
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join(str(part) for part in first["loc"])
+            problem = f"spec.{path}: {first['msg']}"
+        try:
+            status = FineTuneJobStatus.model_validate(body.get("status") or {})
+        except ValidationError:
+            # Somebody else wrote it, or a newer operator: what is needed can be seen again.
+            status = FineTuneJobStatus()
+        return cls(
+            namespace=metadata["namespace"],
+            name=metadata["name"],
+            uid=metadata["uid"],
+            generation=metadata.get("generation", 0),
+            resource_version=metadata["resourceVersion"],
+            deleting="deletionTimestamp" in metadata,
+            spec=spec,
+            spec_problem=problem,
+            status=status,
+        )
+
+
+def format_time(moment: datetime) -> str:
+    """As Kubernetes writes it: seconds, UTC."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: str) -> datetime:
+    return datetime.fromisoformat(text)

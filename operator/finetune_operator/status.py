@@ -1,0 +1,314 @@
+"""Deriving the next status from the last one and what was seen. Pure: time comes in as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from finetune_api.failures import RULES, Disposition, FailureClass, disposition_of
+from finetune_api.names import Stage, child_name
+from finetune_api.report import Report, StepProgress
+from finetune_api.status import (
+    MAX_MESSAGE,
+    Attempt,
+    Condition,
+    ConditionType,
+    EvaluationResult,
+    Failure,
+    FineTuneJobStatus,
+    Phase,
+    Progress,
+    Reason,
+    Resolved,
+    Restarts,
+)
+from finetune_operator.classify import Cause
+from finetune_operator.observe import ChildPod
+from finetune_operator.resource import FineTuneJob, format_time, parse_time
+
+MAX_BACKOFF_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Note:
+    """An event to record on the FineTuneJob: one for each transition, never one for each look."""
+
+    reason: str
+    message: str
+    warning: bool = False
+
+
+@dataclass
+class Draft:
+    """The status that is being written, and the events that go with it."""
+
+    job: FineTuneJob
+    now: datetime
+    status: FineTuneJobStatus = field(init=False)
+    notes: list[Note] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.status = self.job.status.model_copy(update={"observed_generation": self.job.generation})
+
+    def set(self, **fields: Any) -> None:
+        self.status = self.status.model_copy(update=fields)
+
+    # Conditions
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        return next((condition for condition in self.status.conditions if condition.type == kind), None)
+
+    def is_true(self, kind: ConditionType) -> bool:
+        condition = self.condition(kind)
+        return condition is not None and condition.status == "True"
+
+    def set_condition(self, kind: ConditionType, status: str, reason: str, message: str) -> None:
+        """lastTransitionTime changes only when the status does, as in all of Kubernetes."""
+        before = self.condition(kind)
+        since = format_time(self.now)
+        if before is not None and before.status == status:
+            since = before.last_transition_time
+        condition = Condition.model_validate(
+            {
+                "type": kind.value,
+                "status": status,
+                "observedGeneration": self.job.generation,
+                "lastTransitionTime": since,
+                "reason": str(reason),
+                "message": _cut(message, MAX_MESSAGE),
+            }
+        )
+        others = [other for other in self.status.conditions if other.type != kind]
+        position = next((i for i, other in enumerate(self.status.conditions) if other.type == kind), len(others))
+        self.set(conditions=[*others[:position], condition, *others[position:]])
+
+    def note(self, reason: str, message: str, *, warning: bool = False) -> None:
+        self.notes.append(Note(str(reason), _cut(message, MAX_MESSAGE), warning))
+
+    # Where the job is
+
+    @property
+    def terminal(self) -> bool:
+        return self.is_true(ConditionType.COMPLETE) or self.is_true(ConditionType.FAILED)
+
+    def finished(self, stage: Stage) -> bool:
+        if stage is Stage.PREPARE:
+            return self.is_true(ConditionType.VALIDATED)
+        if stage is Stage.TRAIN:
+            return self.status.trained_attempt is not None
+        return self.is_true(ConditionType.EXPORTED)
+
+    def attempt_number(self, stage: Stage) -> int:
+        """The attempt of this stage that was started last, as far as the status knows; 0 before the first."""
+        attempt = self.status.attempt
+        return attempt.number if attempt is not None and attempt.stage is stage else 0
+
+    def failure_of(self, stage: Stage, attempt: int) -> Failure | None:
+        failure = self.status.failure
+        if failure is not None and (failure.stage, failure.attempt) == (stage, attempt):
+            return failure
+        return None
+
+    # What happens
+
+    def start(self, stage: Stage, attempt: int) -> None:
+        name = child_name(self.job.name, stage, attempt)
+        self.set(
+            attempt=Attempt.model_validate({"stage": stage.value, "number": attempt, "jobName": name}),
+            restart_time=None,
+            restarts=self.status.restarts or Restarts(),
+        )
+        self.note(Reason.STAGE_STARTED, f"Started {stage} attempt {attempt} as Job {name}")
+
+    def fail_attempt(
+        self, stage: Stage, attempt: int, cause: Cause, pod: ChildPod | None, report: Report | None
+    ) -> None:
+        """Record why an attempt failed and decide what follows; counts it once, whatever is seen again later."""
+        failure_class = cause.failure_class
+        if failure_class is FailureClass.KILLED and pod is not None and pod.oom_killed:
+            failure_class = FailureClass.OUT_OF_MEMORY_HOST
+        said = report.failure if report is not None else None
+        message = RULES[failure_class].sentence
+        if said is not None and said.failure_class == failure_class:
+            message = said.message
+        restarts = self.status.restarts or Restarts()
+        disposition = disposition_of(failure_class)
+        assert self.job.spec is not None
+        allowed = self.job.spec.failure_policy.max_restarts
+        if disposition is Disposition.RESTART and restarts.charged >= allowed:
+            disposition = Disposition.FAIL
+            message = f"{message} It was tried {allowed + 1} times (failurePolicy.maxRestarts: {allowed})."
+        failure = Failure.model_validate(
+            {
+                "class": failure_class.value,
+                "message": _cut(message, 2048),
+                "disposition": "Terminal" if disposition is Disposition.FAIL else "WillRestart",
+                "stage": stage.value,
+                "attempt": attempt,
+                "time": format_time(self.now),
+                "exitCode": cause.exit_code,
+                "rank": said.rank if said else None,
+                "pod": cause.pod or (pod.name if pod else None),
+                "node": (pod.node if pod else "") or None,
+                "logTail": said.log_tail if said else None,
+                "logURI": report.log_uri if report else None,
+            }
+        )
+        self.set(failure=failure)
+        if disposition is Disposition.FAIL:
+            self.fail(failure)
+        elif disposition is Disposition.RESTART_FREE:
+            self.set(
+                restarts=restarts.model_copy(update={"preemptions": restarts.preemptions + 1}),
+                restart_time=format_time(self.now),
+            )
+            self.note(failure_class, f"{stage} attempt {attempt}: {message} It is started again.", warning=True)
+        else:
+            charged = restarts.charged + 1
+            base = self.job.spec.failure_policy.backoff_seconds
+            pause = min(base * 2 ** (charged - 1), MAX_BACKOFF_SECONDS)
+            self.set(
+                restarts=restarts.model_copy(update={"charged": charged}),
+                restart_time=format_time(self.now + timedelta(seconds=pause)),
+            )
+            self.note(
+                failure_class,
+                f"{stage} attempt {attempt}: {message} Restart {charged} of {allowed} in {pause} s.",
+                warning=True,
+            )
+
+    def fail(self, failure: Failure) -> None:
+        """The job ends without a model."""
+        stage_condition = {
+            Stage.PREPARE: ConditionType.VALIDATED,
+            Stage.TRAIN: ConditionType.RUNNING,
+            Stage.EXPORT: ConditionType.EXPORTED,
+        }[failure.stage]
+        self.set(failure=failure, completion_time=format_time(self.now), restart_time=None)
+        self.set_condition(stage_condition, "False", failure.failure_class, failure.message)
+        self._not_watched()
+        self.set_condition(ConditionType.FAILED, "True", failure.failure_class, failure.message)
+        self.note(failure.failure_class, failure.message, warning=True)
+
+    def complete(self, reason: Reason, message: str) -> None:
+        self.set(completion_time=format_time(self.now), failure=None, restart_time=None)
+        self._not_watched()
+        self.set_condition(ConditionType.COMPLETE, "True", reason, message)
+        self.note(reason, message)
+
+    def _not_watched(self) -> None:
+        if self.condition(ConditionType.PROGRESS_AVAILABLE) is not None:
+            self.set_condition(ConditionType.PROGRESS_AVAILABLE, "False", Reason.FINISHED, "No pod runs any more.")
+
+    # What the pods say
+
+    def learn(self, report: Report | None) -> None:
+        """Take over what a report adds to what is known; a report never takes anything away."""
+        if report is None:
+            return
+        if report.resolved:
+            before = self.status.resolved or Resolved()
+            self.set(resolved=before.model_copy(update=_given(report.resolved)))
+        if report.evaluation:
+            evaluation = self.status.evaluation or EvaluationResult()
+            self.set(evaluation=evaluation.model_copy(update=_given(report.evaluation)))
+        for name in ("dataset", "artifacts", "verification"):
+            value = getattr(report, name)
+            if value is not None:
+                self.set(**{name: value})
+        if report.checkpoint and report.checkpoint != self.status.checkpoint:
+            self.set(checkpoint=report.checkpoint)
+            self.set_condition(
+                ConditionType.CHECKPOINTED,
+                "True",
+                Reason.CHECKPOINT_SAVED,
+                f"The checkpoint of step {report.checkpoint.step} is stored.",
+            )
+        attempt = self.status.attempt
+        if attempt and report.resumed_from_step is not None and attempt.resumed_from_step is None:
+            self.set(attempt=attempt.model_copy(update={"resumed_from_step": report.resumed_from_step}))
+
+    def progress(self, report: Report, interval: float, *, final: bool) -> None:
+        """Take over the progress, unless it was written less than `interval` seconds ago and nothing important
+        happened: the first step, the last one, or a new attempt that starts lower."""
+        if report.progress is None:
+            return
+        before = self.status.progress
+        after = _progress(report.progress, self.now)
+        if before is not None and not final:
+            age = (self.now - parse_time(before.last_updated_time)).total_seconds()
+            first_step = before.current_step == 0 and after.current_step > 0
+            if age < interval and not first_step and after.current_step < after.total_steps:
+                return
+            if after.model_copy(update={"last_updated_time": before.last_updated_time}) == before:
+                return
+        if after.current_step > 0 and (before is None or before.current_step == 0):
+            self.note(Reason.FIRST_STEP, f"The first of {after.total_steps} steps is done.")
+        self.set(progress=after)
+
+    # For people
+
+    def derive_phase(self, running: bool) -> None:
+        """`running`: the pod of the present attempt runs."""
+        self.set(phase=self._phase(running))
+
+    def _phase(self, running: bool) -> Phase:
+        if self.is_true(ConditionType.COMPLETE):
+            return Phase.SUCCEEDED
+        if self.is_true(ConditionType.FAILED):
+            return Phase.FAILED
+        attempt = self.status.attempt
+        if attempt is None:
+            return Phase.PENDING
+        if self.status.restart_time is not None:
+            return Phase.RESTARTING
+        if attempt.stage is Stage.PREPARE:
+            return Phase.PREPARING if running else Phase.PENDING
+        if attempt.stage is Stage.TRAIN:
+            return Phase.RUNNING if running else Phase.STARTING
+        return Phase.EXPORTING
+
+
+def _given(model: Any) -> dict[str, Any]:
+    """The fields of a model that say something."""
+    return {name: value for name in type(model).model_fields if (value := getattr(model, name)) is not None}
+
+
+def _progress(step: StepProgress, now: datetime) -> Progress:
+    remaining = None
+    if step.step_seconds is not None:
+        remaining = round((step.total_steps - step.step) * step.step_seconds)
+    share = step.step / step.total_steps if step.total_steps else 0.0
+    return Progress(
+        percent=f"{int(100 * share)}%",
+        current_step=step.step,
+        total_steps=step.total_steps,
+        epoch=_decimal(step.epoch, ".2f"),
+        loss=_decimal(step.loss, ".4f"),
+        learning_rate=_decimal(step.learning_rate, ".2e"),
+        tokens_per_second=_decimal(step.tokens_per_second, ".1f"),
+        trained_tokens=step.trained_tokens,
+        estimated_remaining_seconds=remaining,
+        eta=None if remaining is None else format_duration(remaining),
+        last_updated_time=format_time(now),
+    )
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _decimal(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def format_duration(seconds: int) -> str:
+    """The two largest units, as kubectl prints ages: 45s, 1m30s, 1h12m, 2d3h."""
+    minutes, seconds = divmod(max(0, seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return "".join(f"{value}{unit}" for value, unit in parts[:2] if value or (value, unit) == parts[0])

@@ -1,0 +1,83 @@
+"""A queue of dirty keys: each key is worked on by one worker at a time, and never forgotten.
+
+A key that becomes dirty while it is worked on is worked on again. A key can be due later; an earlier time wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class WorkQueue(Generic[Key]):
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, int, Key]] = []
+        self._order = itertools.count()
+        self._busy: set[Key] = set()
+        self._changed = asyncio.Event()
+
+    def add(self, key: Key, delay: float = 0.0) -> None:
+        """Make a key due after `delay` seconds, or earlier if it was due earlier."""
+        at = self._clock() + delay
+        if at < self._due.get(key, float("inf")):
+            self._due[key] = at
+            heapq.heappush(self._heap, (at, next(self._order), key))
+            self._changed.set()
+
+    def __len__(self) -> int:
+        """Keys that wait, due or not."""
+        return len(self._due)
+
+    async def run(self, work: Callable[[Key], Awaitable[None]], workers: int) -> None:
+        """Work until cancelled. `work` handles its own errors."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._worker(work))
+
+    async def _worker(self, work: Callable[[Key], Awaitable[None]]) -> None:
+        while True:
+            key = await self._next()
+            try:
+                await work(key)
+            finally:
+                self._busy.discard(key)
+                self._changed.set()
+
+    async def _next(self) -> Key:
+        while True:
+            self._changed.clear()
+            wait: float | None = None
+            skipped: list[tuple[float, int, Key]] = []
+            found: Key | None = None
+            while self._heap:
+                entry = heapq.heappop(self._heap)
+                at, _, key = entry
+                if self._due.get(key) != at:
+                    continue  # an earlier time took its place
+                if key in self._busy:
+                    skipped.append(entry)
+                    continue
+                wait = at - self._clock()
+                if wait > 0:
+                    skipped.append(entry)
+                    break
+                del self._due[key]
+                self._busy.add(key)
+                found = key
+                break
+            for entry in skipped:
+                heapq.heappush(self._heap, entry)
+            if found is not None:
+                return found
+            try:
+                await asyncio.wait_for(self._changed.wait(), timeout=wait)
+            except TimeoutError:
+                continue

@@ -1,0 +1,194 @@
+"""Children, settings, redaction of nothing, patches and formats: the small pure parts of the operator."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from builders import SETTINGS, job_body
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.names import DOCUMENT_FILE, Stage
+from finetune_api.status import Resolved
+from finetune_operator import children
+from finetune_operator.config import Settings
+from finetune_operator.kube import merge_patch
+from finetune_operator.resource import FineTuneJob
+from finetune_operator.status import format_duration
+
+
+def build(
+    stage: Stage = Stage.TRAIN,
+    attempt: int = 1,
+    settings: Settings = SETTINGS,
+    status: dict[str, Any] | None = None,
+    **spec: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    job = FineTuneJob.parse(job_body({"trainedAttempt": 2, **(status or {})}, **spec))
+    assert job.spec is not None, job.spec_problem
+    return children.build(job, job.spec, stage, attempt, settings)
+
+
+def pod_spec(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = build(*args, **kwargs)[1]["spec"]["template"]["spec"]
+    return spec
+
+
+def container(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    only: dict[str, Any] = pod_spec(*args, **kwargs)["containers"][0]
+    return only
+
+
+def document(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(build(*args, **kwargs)[0]["data"][DOCUMENT_FILE])
+    return loaded
+
+
+class TestChildren:
+    def test_the_document_names_the_attempts_whose_checkpoints_may_be_read(self) -> None:
+        assert document(Stage.TRAIN, 4)["earlierAttempts"] == [3, 2, 1]
+        assert document(Stage.EXPORT, 3)["earlierAttempts"] == [2]
+        assert document(Stage.PREPARE, 3)["earlierAttempts"] == []
+
+    def test_children_belong_to_the_job_and_hold_nothing_up(self) -> None:
+        for child in build():
+            (owner,) = child["metadata"]["ownerReferences"]
+            assert owner["controller"] is True
+            assert owner["blockOwnerDeletion"] is False
+            assert "finalizers" not in child["metadata"]
+
+    def test_the_pod_gets_secrets_by_reference_only(self) -> None:
+        config_map, job = build(storage={"secretRef": {"name": "s3"}})
+        assert container(storage={"secretRef": {"name": "s3"}})["envFrom"] == [{"secretRef": {"name": "s3"}}]
+        assert "AWS_SECRET" not in json.dumps([config_map, job])
+
+    @pytest.mark.parametrize("stage", list(Stage))
+    def test_the_restricted_profile_admits_the_pod(self, stage: Stage) -> None:
+        pod = pod_spec(stage)
+        assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+        assert pod["automountServiceAccountToken"] is False
+        security = pod["containers"][0]["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert all(next(iter(volume.keys() - {"name"})) in ("configMap", "emptyDir") for volume in pod["volumes"])
+
+    def test_gpus_are_asked_for_by_their_resource_name(self) -> None:
+        resources = container(resources={"gpusPerNode": 4, "gpuResourceName": "amd.com/gpu"})["resources"]
+        assert resources["limits"]["amd.com/gpu"] == resources["requests"]["amd.com/gpu"] == "4"
+        assert resources["requests"]["cpu"] == "16"
+        assert document(resources={"gpusPerNode": 4}, hyperparameters={"batchSize": 16})["processes"] == 4
+
+    def test_training_on_cpu_asks_for_no_gpu(self) -> None:
+        resources = container(resources={"gpusPerNode": 0})["resources"]
+        assert "nvidia.com/gpu" not in resources["limits"]
+        assert resources["requests"]["cpu"] == "1"
+        assert document(resources={"gpusPerNode": 0})["processes"] == 1
+
+    def test_only_the_train_pod_takes_gpus_and_goes_where_gpus_are(self) -> None:
+        scheduling = {"nodeSelector": {"gpu": "yes"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+        assert pod_spec(Stage.TRAIN, scheduling=scheduling)["nodeSelector"] == {"gpu": "yes"}
+        for stage in (Stage.PREPARE, Stage.EXPORT):
+            pod = pod_spec(stage, scheduling=scheduling)
+            assert "nodeSelector" not in pod
+            assert "nvidia.com/gpu" not in pod["containers"][0]["resources"]["limits"]
+
+    def test_memory_follows_the_size_of_the_model(self) -> None:
+        def memory(stage: Stage, gpus: int, resolved: Resolved | None) -> str:
+            status = {"resolved": resolved.to_json_dict()} if resolved else {}
+            limit: str = container(stage, status=status, resources={"gpusPerNode": gpus})["resources"]["limits"][
+                "memory"
+            ]
+            return limit
+
+        eight_billion = Resolved(weight_bytes=16 * 10**9, largest_tensor_bytes=10**9)
+        assert memory(Stage.TRAIN, 1, eight_billion) == "29Gi"
+        assert memory(Stage.TRAIN, 0, Resolved(weight_bytes=538 * 10**6)) == "9Gi"
+        assert memory(Stage.TRAIN, 1, None) == "16Gi"
+        assert memory(Stage.EXPORT, 1, eight_billion) == "11Gi"
+        assert memory(Stage.PREPARE, 1, eight_billion) == "2Gi"
+        assert container(resources={"memory": "1Gi"})["resources"]["limits"]["memory"] == "1Gi"
+
+    def test_storage_settings_of_the_job_win_over_those_of_the_operator(self) -> None:
+        settings = Settings(s3_endpoint="https://ours", s3_region="eu-1", s3_addressing_style="Virtual")
+        assert document(settings=settings)["storage"] == {
+            "endpoint": "https://ours",
+            "region": "eu-1",
+            "pathStyle": False,
+            "allowFiles": False,
+        }
+        theirs = document(settings=settings, storage={"endpoint": "http://minio:9000", "addressingStyle": "Path"})
+        assert theirs["storage"]["endpoint"] == "http://minio:9000"
+        assert theirs["storage"]["pathStyle"] is True
+
+    def test_an_endpoint_of_ones_own_means_paths_and_aws_is_left_to_the_client(self) -> None:
+        assert document(storage={"endpoint": "http://minio:9000"})["storage"]["pathStyle"] is True
+        assert "pathStyle" not in document()["storage"]
+
+    def test_work_files_of_two_jobs_never_share_a_folder(self) -> None:
+        assert document()["workURI"].startswith("s3://models/tuned/.finetune/3a977917")
+        assert document(storage={"workURI": "s3://scratch/w/"})["workURI"].startswith("s3://scratch/w/3a977917")
+
+    @pytest.mark.parametrize(
+        ("text", "size"), [("5", 5), ("1k", 1000), ("2Ki", 2048), ("1.5Gi", 3 * 2**29), ("1M", 10**6)]
+    )
+    def test_quantities(self, text: str, size: int) -> None:
+        assert children.quantity_bytes(text) == size
+
+
+class TestSettings:
+    def test_every_setting_comes_from_its_variable(self) -> None:
+        settings = Settings.from_environment(
+            {
+                "FINETUNE_NAMESPACES": "a, b",
+                "FINETUNE_HTTP_PORT": "9",
+                "FINETUNE_ALLOW_FILES": "true",
+                "FINETUNE_POLL_SECONDS": "0.5",
+            }
+        )
+        assert settings == Settings(namespaces=("a", "b"), http_port=9, allow_files=True, poll_seconds=0.5)
+
+    @pytest.mark.parametrize("text", ["yes", "x"])
+    def test_a_value_that_cannot_be_read_names_its_variable(self, text: str) -> None:
+        with pytest.raises(ValueError, match="FINETUNE_ALLOW_FILES"):
+            Settings.from_environment({"FINETUNE_ALLOW_FILES": text})
+
+
+def apply_merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7396, section 2."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = apply_merge_patch(result.get(key), value)
+    return result
+
+
+_leaf = st.one_of(st.integers(), st.text(max_size=3), st.lists(st.integers(), max_size=2))
+_objects = st.recursive(
+    st.dictionaries(st.sampled_from("abcd"), _leaf, max_size=4),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), st.one_of(_leaf, inner), max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_objects, _objects)
+def test_a_merge_patch_turns_one_object_into_the_other(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert apply_merge_patch(before, merge_patch(before, after)) == after
+
+
+@given(_objects)
+def test_nothing_to_change_is_an_empty_patch(value: dict[str, Any]) -> None:
+    assert merge_patch(value, value) == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (45, "45s"), (90, "1m30s"), (120, "2m"), (3600, "1h"), (4320, "1h12m"), (183_600, "2d3h"), (-5, "0s")],
+)
+def test_durations_read_like_ages_in_kubectl(seconds: int, text: str) -> None:
+    assert format_duration(seconds) == text
