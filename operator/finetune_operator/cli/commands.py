@@ -1,0 +1,343 @@
+"""The commands. Each is a thin shell around a function that could be called from anywhere.
+
+Exit codes: 0 success, 1 the job failed or the manifest is wrong, 2 wrong usage, 3 time ran out, 4 the cluster said no.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import click
+import yaml
+from kubernetes.aio.config import ConfigException
+from rich.console import Console
+from rich.live import Live
+
+from finetune_api.status import ConditionType, Phase
+from finetune_operator.cli import show
+from finetune_operator.cli.manifests import Manifest, read
+from finetune_operator.cli.validation import Verdict, check, validate
+from finetune_operator.kube import FINETUNE_JOBS, PODS, ApiError, Kube, load_client_of_user
+from finetune_operator.observe import read_pods
+from finetune_operator.resource import FineTuneJob
+
+EXIT_FAILED = 1
+EXIT_TIMEOUT = 3
+EXIT_CLUSTER = 4
+POLL_SECONDS = 1.0
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Target:
+    """Which cluster and namespace the user means."""
+
+    kubeconfig: str | None
+    context: str | None
+    namespace: str | None
+
+
+class Stop(Exception):
+    """End with a message and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.asynccontextmanager
+async def connect(target: Target) -> AsyncIterator[tuple[Kube, str]]:
+    """The API and the namespace to use."""
+    try:
+        api, default = await load_client_of_user(target.kubeconfig, target.context)
+    except (ConfigException, OSError) as error:
+        hint = "Set KUBECONFIG, or start a cluster of your own with: finetune local up"
+        raise Stop(f"no cluster: {error}. {hint}", EXIT_CLUSTER) from error
+    async with api:
+        yield Kube(api), target.namespace or default
+
+
+def run(work: Awaitable[int]) -> None:
+    """Run an asynchronous command and exit with its code."""
+
+    async def main() -> int:
+        return await work
+
+    try:
+        sys.exit(asyncio.run(main()))
+    except Stop as stop:
+        click.echo(f"error: {stop}", err=True)
+        sys.exit(stop.code)
+    except ApiError as error:
+        click.echo(f"error: the cluster answered {error.status}: {error.message}", err=True)
+        sys.exit(EXIT_CLUSTER)
+    except OSError as error:
+        click.echo(f"error: the cluster cannot be reached: {error}", err=True)
+        sys.exit(EXIT_CLUSTER)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--kubeconfig", help="Path of the kubeconfig file; $KUBECONFIG by default.")
+@click.option("--context", "kube_context", help="Context of the kubeconfig file.")
+@click.option("-n", "--namespace", help="Namespace; the context's own by default.")
+@click.version_option(package_name="finetune-operator")
+@click.pass_context
+def main(context: click.Context, /, kubeconfig: str | None, kube_context: str | None, namespace: str | None) -> None:
+    """Fine-tune language models on Kubernetes: one manifest in, a tuned and verified model out.
+
+    \b
+    finetune validate job.yaml     check a manifest without a cluster
+    finetune submit job.yaml       create the job
+    finetune watch NAME            follow it live
+    finetune local run job.yaml    do it all on this machine, without a cluster
+
+    Exit codes: 0 success, 1 the job failed or the manifest is wrong, 2 wrong usage, 3 time ran out, 4 the cluster
+    said no.
+    """
+    context.obj = Target(kubeconfig, kube_context, namespace)
+
+
+pass_target = click.make_pass_decorator(Target)
+
+
+@main.command("validate")
+@click.argument("files", type=click.File("r"), nargs=-1, required=True)
+def validate_command(files: tuple[TextIO, ...]) -> None:
+    """Check manifests as the API server would, without one.
+
+    Messages name file, line and field. FILES may be - for standard input. Exits with 1 when something is wrong.
+    """
+    wrong = False
+    for file in files:
+        verdict = validate(file.read())
+        _print_verdict(file.name, verdict)
+        wrong = wrong or bool(verdict.problems)
+    sys.exit(EXIT_FAILED if wrong else 0)
+
+
+def _print_verdict(name: str, verdict: Verdict) -> None:
+    for problem in verdict.problems:
+        field = f"{problem.field}: " if problem.field not in ("", "<nil>") else ""
+        click.echo(f"{name}:{problem.line}: {field}{problem.message}", err=True)
+    for kind in verdict.skipped:
+        click.echo(f"{name}: {kind} is not checked")
+    for job in verdict.jobs:
+        click.echo(f"{name}: FineTuneJob {job} is valid")
+
+
+@main.command()
+@click.argument("file", type=click.File("r"))
+@click.option("--watch", is_flag=True, help="Follow the job until it ends.")
+@pass_target
+def submit(target: Target, file: TextIO, watch: bool) -> None:
+    """Create the FineTuneJobs of a manifest. Unlike kubectl apply it never changes a job that is there."""
+    manifests = _valid_manifests(file)
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            names = [await create(kube, namespace, manifest) for manifest in manifests]
+            for place, name in names:
+                click.echo(f"FineTuneJob {place}/{name} created")
+            codes = [await follow(kube, place, name) for place, name in names if watch]
+            return max(codes, default=0)
+
+    run(work())
+
+
+def _valid_manifests(file: TextIO) -> list[Manifest]:
+    text = file.read()
+    verdict = validate(text)
+    if verdict.problems or not verdict.jobs:
+        _print_verdict(file.name, verdict)
+        if not verdict.problems:
+            click.echo(f"{file.name}: there is no FineTuneJob in it", err=True)
+        sys.exit(EXIT_FAILED)
+    return [manifest for manifest in read(text) if manifest.is_finetune_job and not check(manifest)]
+
+
+async def create(kube: Kube, namespace: str, manifest: Manifest) -> tuple[str, str]:
+    """Create a job; returns its namespace and name."""
+    place = manifest.body["metadata"].get("namespace") or namespace
+    made = await kube.create(FINETUNE_JOBS, place, manifest.body, fieldManager="finetune", fieldValidation="Strict")
+    return place, made["metadata"]["name"]
+
+
+@main.command("list")
+@click.option("-A", "--all-namespaces", is_flag=True, help="Jobs of all namespaces.")
+@click.option("--phase", type=click.Choice([str(phase) for phase in Phase]), help="Only jobs in this phase.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@pass_target
+def list_command(target: Target, all_namespaces: bool, phase: str | None, output: str) -> None:
+    """List jobs."""
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            query = {"fieldSelector": f"status.phase={phase}"} if phase else {}
+            items = await kube.list(FINETUNE_JOBS, None if all_namespaces else namespace, **query)
+        if output == "json":
+            click.echo(json.dumps(items, indent=2))
+        elif not items:
+            click.echo("no FineTuneJobs found", err=True)
+        else:
+            jobs = [(FineTuneJob.parse(item), item["metadata"]["creationTimestamp"]) for item in items]
+            console.print(show.jobs_table(jobs, namespaces=all_namespaces))
+        return 0
+
+    run(work())
+
+
+@main.command("get")
+@click.argument("name")
+@click.option("-o", "--output", type=click.Choice(["summary", "json", "yaml"]), default="summary", show_default=True)
+@pass_target
+def get_command(target: Target, name: str, output: str) -> None:
+    """Show one job: what it does, how far it is, what came out, and what to do when it failed."""
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            body = await fetch(kube, namespace, name)
+        if output == "json":
+            click.echo(json.dumps(body, indent=2))
+        elif output == "yaml":
+            click.echo(yaml.safe_dump(body, sort_keys=False), nl=False)
+        else:
+            console.print(show.summary(FineTuneJob.parse(body)))
+        return 0
+
+    run(work())
+
+
+async def fetch(kube: Kube, namespace: str, name: str) -> dict[str, Any]:
+    body = await kube.get(FINETUNE_JOBS, namespace, name)
+    if body is None:
+        raise Stop(f"there is no FineTuneJob {namespace}/{name}: see finetune list -A", EXIT_CLUSTER)
+    return body
+
+
+@main.command()
+@click.argument("name")
+@pass_target
+def watch(target: Target, name: str) -> None:
+    """Follow a job live until it ends: progress, loss, tokens per second, time left.
+
+    Exits with 0 when the job is Complete and with 1 when it Failed.
+    """
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            return await follow(kube, namespace, name)
+
+    run(work())
+
+
+async def follow(kube: Kube, namespace: str, name: str) -> int:
+    """Show a job until it ends; on a terminal as a live bar, else a line for each change."""
+    last = ""
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Live(console=console, refresh_per_second=4)) if console.is_terminal else None
+        async for job in states(kube, namespace, name):
+            if display:
+                display.update(show.live(job))
+            elif (text := show.line(job)) != last:
+                click.echo(text)
+                last = text
+    console.print(show.summary(job))
+    return 0 if _ended(job) is ConditionType.COMPLETE else EXIT_FAILED
+
+
+async def states(kube: Kube, namespace: str, name: str) -> AsyncIterator[FineTuneJob]:
+    """The job again and again, until it has ended."""
+    while True:
+        job = FineTuneJob.parse(await fetch(kube, namespace, name))
+        yield job
+        if _ended(job):
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _ended(job: FineTuneJob) -> ConditionType | None:
+    true = {condition.type for condition in job.status.conditions if condition.status == "True"}
+    return next((kind for kind in (ConditionType.COMPLETE, ConditionType.FAILED) if kind in true), None)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--timeout", type=float, default=0, help="Seconds to wait at most; 0 waits for ever.")
+@pass_target
+def wait(target: Target, name: str, timeout: float) -> None:
+    """Wait until a job ends. Exits with 0 when it is Complete, 1 when it Failed, 3 when the time ran out."""
+
+    async def work() -> int:
+        until = time.monotonic() + timeout if timeout else float("inf")
+        async with connect(target) as (kube, namespace):
+            async for job in states(kube, namespace, name):
+                ended = _ended(job)
+                if ended:
+                    click.echo(f"{name}: {show.what_it_does(job.status)}")
+                    return 0 if ended is ConditionType.COMPLETE else EXIT_FAILED
+                if time.monotonic() >= until:
+                    click.echo(f"{name}: not finished after {timeout:g} s, {show.line(job)}", err=True)
+                    return EXIT_TIMEOUT
+        raise AssertionError("states ends with a job that ended")
+
+    run(work())
+
+
+@main.command()
+@click.argument("name")
+@click.option("--stage", type=click.Choice(["prepare", "train", "export"]), help="Stage; the present one by default.")
+@click.option("--attempt", type=int, help="Attempt of the stage; the last one by default.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the pod ends.")
+@pass_target
+def logs(target: Target, name: str, stage: str | None, attempt: int | None, following: bool) -> None:
+    """Print the log of a job's pod. When the pod is gone, says where the log is kept."""
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            job = FineTuneJob.parse(await fetch(kube, namespace, name))
+            selector = f"finetune.dev/job-uid={job.uid}" + (f",finetune.dev/stage={stage}" if stage else "")
+            pods = read_pods(await kube.list(PODS, namespace, labelSelector=selector))
+            if attempt is not None:
+                pods = tuple(pod for pod in pods if pod.attempt == attempt)
+            if not pods:
+                failure = job.status.failure
+                kept = failure.log_uri if failure and failure.log_uri else None
+                kept = kept or (job.status.resolved.work_uri if job.status.resolved else None)
+                hint = f": its log is below {kept}" if kept else ""
+                raise Stop(f"there is no pod for this{hint}", EXIT_CLUSTER)
+            query = {"follow": "true"} if following else {}
+            async for piece in kube.stream_log(namespace, pods[-1].name, container="main", **query):
+                sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+        return 0
+
+    run(work())
+
+
+def _local() -> None:
+    """`finetune local` needs the extra [local]; without it the other commands work."""
+    try:
+        from finetune_operator.cli.local import local
+    except ImportError as error:
+        missing = error.name
+
+        @main.group("local")
+        def local() -> None:
+            """Run everything on this machine (needs: pip install 'finetune-operator[local]')."""
+            raise click.ClickException(f"{missing} is not installed: pip install 'finetune-operator[local]'")
+
+    else:
+        main.add_command(local)
+
+
+_local()

@@ -1,0 +1,12 @@
+"""Shared by all tests: nothing reaches a model hub, and nothing here touches a cluster that was not named."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("KUBECONFIG", None)
+for folder in ("unit", "controlplane", "trainer", "e2e"):
+    sys.path.append(str(Path(__file__).parent / folder))
