@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS)
 STATE := .finetune
+BASE := $(STATE)/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
 
@@ -20,7 +21,15 @@ STATE := .finetune
 
 .PHONY: quickstart
 quickstart: $(VENV)/.local ## Tune a small model on this machine, from base model to verified result
-	@$(BIN)/python examples/quickstart/quickstart.py --state $(STATE)
+	@$(BIN)/python examples/quickstart/base_model.py $(BASE)
+	@$(BIN)/finetune local cp $(BASE) s3://models/smollm2-135m-instruct
+	@$(BIN)/finetune local cp examples/quickstart/train.jsonl s3://datasets/tickets/train.jsonl
+	@$(BIN)/finetune local cp examples/quickstart/validation.jsonl s3://datasets/tickets/validation.jsonl
+	@$(BIN)/finetune local run --replace examples/quickstart/job.yaml
+	@$(BIN)/python examples/quickstart/compare.py $(BASE) $(STATE)/s3/models/ticket-writer examples/quickstart/validation.jsonl
+	@echo; echo "The tuned model is a folder that transformers loads: $(STATE)/s3/models/ticket-writer"
+	@echo "Look at the job again: $(BIN)/finetune local up, and in another terminal"
+	@echo "  export KUBECONFIG=$(STATE)/kubeconfig; kubectl get ftj; kubectl describe ftj ticket-writer"
 
 ##@ Develop
 

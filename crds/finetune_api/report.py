@@ -99,17 +99,21 @@ class Report(ApiModel):
         """JSON of at most `limit` bytes. What does not fit is left out, least important first."""
         data = self.to_json_dict()
         for drop in (*_DROP_ORDER, None):
-            encoded = json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()
+            encoded = _encoded(data)
             if len(encoded) <= limit or drop is None:
                 break
             drop(data)
         return encoded
 
 
+def _encoded(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 def _shorten_log_tail(data: dict[str, Any]) -> None:
     failure = data.get("failure") or {}
-    if tail := failure.get("logTail"):
-        failure["logTail"] = tail[-500:]
+    while len(_encoded(failure.get("logTail"))) > 500:
+        failure["logTail"] = failure["logTail"][len(failure["logTail"]) // 10 + 1 :]
 
 
 def _drop_log_tail(data: dict[str, Any]) -> None:
@@ -118,8 +122,10 @@ def _drop_log_tail(data: dict[str, Any]) -> None:
 
 def _shorten_message(data: dict[str, Any]) -> None:
     failure = data.get("failure") or {}
-    if len(failure.get("message", "")) > 1000:
-        failure["message"] = failure["message"][:999] + "…"
+    message = failure.get("message", "")
+    while len(_encoded(failure.get("message"))) > 1000:
+        message = message[: len(message) * 9 // 10]
+        failure["message"] = message + "…"
 
 
 def _keep_essentials(data: dict[str, Any]) -> None:
