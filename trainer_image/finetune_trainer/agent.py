@@ -172,8 +172,8 @@ class Agent:
                 "LOCAL_WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
             }
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
         process = subprocess.Popen(
             [sys.executable, "-m", "finetune_trainer.main", step],
             env=environment,

@@ -27,8 +27,8 @@ from finetune_operator.local.apiserver.api import Api
 from finetune_operator.local.apiserver.store import Object
 from finetune_operator.local.processes import MARK
 
-_KEPT_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TZ", "VIRTUAL_ENV")
-"""Variables of this process that the pods' processes need to run at all."""
+_KEPT_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "SSL_CERT_FILE", "TZ", "VIRTUAL_ENV")
+"""Variables of this process that the pods' processes get too: what they need to run at all on this machine."""
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_.-][A-Za-z0-9_.-]*)\)")
 _KEYED_FIELD = re.compile(r"(metadata\.(?:labels|annotations))\['([^']+)'\]")
 

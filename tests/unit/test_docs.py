@@ -1,0 +1,102 @@
+"""What the documentation says is what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune_api.failures import RULES, Disposition, class_of_exit_code
+from finetune_api.names import Stage
+from finetune_api.report import Outcome, Report, StepProgress
+from finetune_api.status import CheckpointResult, ConditionType, EvaluationResult, Measurement
+from finetune_operator.cli.validation import validate
+from finetune_operator.metrics import Metrics
+from finetune_trainer.metrics import exposition
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def table(page: str) -> list[list[str]]:
+    """Cells of all table rows whose first cell is code."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    return [row for row in rows if re.fullmatch(r"`\w+`", row[0])]
+
+
+def test_every_failure_class_is_explained_as_it_is() -> None:
+    rows = {row[0].strip("`"): row for row in table("failures.md")}
+    assert set(rows) == {str(name) for name in RULES}
+    words = {
+        Disposition.FAIL: "Fail",
+        Disposition.RESTART: "Restart",
+        Disposition.RESTART_FREE: "Restart, free",
+    }
+    for name, rule in RULES.items():
+        _, codes, disposition, _ = rows[name]
+        assert disposition == words[rule.disposition], name
+        for code in re.findall(r"\d+", codes):
+            assert class_of_exit_code(int(code)) is name
+
+
+def test_every_condition_is_explained() -> None:
+    assert {row[0].strip("`") for row in table("jobs.md")} >= {str(condition) for condition in ConditionType}
+
+
+def families(text: bytes) -> set[tuple[str, str]]:
+    """(name, type) as in the exposition; a family without a series counts too."""
+    return set(re.findall(r"^# TYPE (\S+) (\S+)$", text.decode(), re.MULTILINE))
+
+
+def full_report() -> Report:
+    """Every number that makes a metric."""
+    measured = Measurement(loss="1", perplexity="2", tokens=3)
+    moment = "2026-01-01T00:00:00Z"
+    return Report(
+        job_uid="u",
+        stage=Stage.TRAIN,
+        attempt=1,
+        outcome=Outcome.RUNNING,
+        phase_seconds={"Downloading": 1.0},
+        progress=StepProgress(
+            step=1,
+            total_steps=2,
+            epoch=0.5,
+            loss=1.0,
+            learning_rate=0.1,
+            grad_norm=1.0,
+            trained_tokens=5,
+            step_seconds=0.5,
+            last_step_time=moment,
+            gpu_memory_peak_bytes=7,
+        ),
+        evaluation=EvaluationResult(base=measured),
+        checkpoint=CheckpointResult(step=1, uri="s3://b/k", time=moment, save_seconds="1"),
+    )
+
+
+def test_every_metric_is_listed_and_no_other() -> None:
+    listed = {(row[0].strip("`"), row[1]) for row in table("metrics.md")}
+    served = families(Metrics().exposition()) | families(exposition(full_report)())
+    assert {(name, kind) for name, kind in served if not name.endswith("_created")} == listed
+
+
+def test_the_readmes_manifest_is_valid() -> None:
+    (manifest, *_) = re.findall(r"```yaml\n(apiVersion.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    verdict = validate(manifest)
+    assert not verdict.problems
+    assert list(verdict.jobs) == ["support-bot"]
+
+
+def test_nothing_shadows_the_standard_library() -> None:
+    """operator/ on sys.path is fine; as a package it would hide the standard library's operator."""
+    assert not (ROOT / "operator" / "__init__.py").exists()
