@@ -38,7 +38,7 @@ quickstart: $(VENV)/.local ## Tune a small model on this machine, from base mode
 
 .PHONY: test
 test: $(VENV)/.dev .tools/.done ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types and the contracts between packages

@@ -94,7 +94,7 @@ def interrupted_once(job: TestJob) -> None:
 def child_killed(job: TestJob) -> None:
     """In attempt 2 the training process dies at once, after the checkpoint of step 8."""
     run, _ = start(job, 2, (1,), STEP, 9)
-    assert run.report.resumed_from_step == 6
+    run.until(lambda: run.report.resumed_from_step == 6)
     run.until(lambda: is_stored(job, 2, 8))
     (child,) = run.children()
     os.kill(child, signal.SIGKILL)
@@ -107,6 +107,7 @@ def child_killed(job: TestJob) -> None:
 def all_killed(job: TestJob) -> None:
     """In attempt 2 the whole pod dies while the checkpoint of step 10 is on its way."""
     run, _ = start(job, 2, (1,), MANIFEST, 10)
+    run.until(lambda: run.report.checkpoint is not None and run.report.checkpoint.step == 8)
     run.kill_all()
     assert is_stored(job, 2, 8)
     assert not is_stored(job, 2, 10)
