@@ -175,18 +175,20 @@ def _copy(started: Stack, source: str, destination: str) -> int:
         aws_secret_access_key=started.secret_key,
         region_name="us-east-1",
     )
+    buckets = {item["Name"] for item in s3.list_buckets()["Buckets"]}
     if destination.startswith("s3://"):
         bucket, prefix = _location(destination)
         files = _files(Path(source), prefix)
-        if bucket not in {item["Name"] for item in s3.list_buckets()["Buckets"]}:
+        if bucket not in buckets:
             s3.create_bucket(Bucket=bucket)
         for path, key in files:
             s3.upload_file(str(path), bucket, key)
         return len(files)
     bucket, prefix = _location(source)
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix) if bucket in buckets else ()
     keys = [
         item["Key"]
-        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        for page in pages
         for item in page.get("Contents", [])
         if item["Key"] == prefix or item["Key"].startswith(f"{prefix}/")
     ]
