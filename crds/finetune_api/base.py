@@ -26,7 +26,8 @@ Decimal = Annotated[
     StringConstraints(min_length=1, max_length=24),
     Field(
         json_schema_extra=cel(
-            "self.matches('^[0-9]+([.][0-9]+)?([eE][-+]?[0-9]+)?$')", 'write a decimal number in quotes, such as "2e-4"'
+            "self.matches('^[0-9]+([.][0-9]+)?([eE][-+]?[0-9]{1,2})?$')",
+            'write a decimal number in quotes, such as "2e-4"',
         )
     ),
 ]
@@ -48,7 +49,10 @@ ObjectName = Annotated[
 
 
 class ApiModel(BaseModel):
-    """camelCase outside, snake_case inside, frozen, and strict about unknown fields.
+    """camelCase outside, snake_case inside, frozen.
+
+    Unknown fields are ignored: they are a newer version's, whose schema has checked them already. A typing error never
+    comes here, the API server and `finetune validate` refuse it by the schema.
 
     The docstring under each attribute is the field's description in the CRD (`kubectl explain`).
     """
@@ -56,7 +60,7 @@ class ApiModel(BaseModel):
     model_config = ConfigDict(
         alias_generator=camel_case,
         populate_by_name=True,
-        extra="forbid",
+        extra="ignore",
         frozen=True,
         use_attribute_docstrings=True,
     )

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from finetune_api import SCHEMA_VERSION
 from finetune_api.base import ApiModel
@@ -20,13 +20,7 @@ from finetune_api.spec import FineTuneJobSpec
 RESULT_FIELDS = ("model", "dataset", "method", "hyperparameters", "output")
 
 
-class DocumentModel(ApiModel):
-    """Unknown fields are ignored, so that an older trainer reads the document of a newer operator."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class JobIdentity(DocumentModel):
+class JobIdentity(ApiModel):
     """The FineTuneJob that the document belongs to."""
 
     namespace: str
@@ -34,7 +28,7 @@ class JobIdentity(DocumentModel):
     uid: str
 
 
-class StorageSettings(DocumentModel):
+class StorageSettings(ApiModel):
     """How to reach S3, with the operator's defaults filled in. Credentials come from the environment."""
 
     endpoint: str | None = None
@@ -45,7 +39,7 @@ class StorageSettings(DocumentModel):
     """file:// URIs are allowed: the pod shares a file system with the user (local mode)."""
 
 
-class JobDocument(DocumentModel):
+class JobDocument(ApiModel):
     schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     stage: Stage
     attempt: Annotated[int, Field(ge=1)]
@@ -69,8 +63,12 @@ class JobDocument(DocumentModel):
 
 
 def spec_digest(spec: FineTuneJobSpec) -> str:
-    """sha256 over the canonical JSON of the fields that decide the result: equal digests ask for the same model."""
-    fields = {name: value for name, value in spec.to_json_dict().items() if name in RESULT_FIELDS}
+    """sha256 over the canonical JSON of the fields that decide the result: equal digests ask for the same model.
+
+    Defaults are left out, so that a version with one field more finds what an earlier one published.
+    """
+    values = spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+    fields = {name: value for name, value in values.items() if name in RESULT_FIELDS}
     fields["output"] = {key: value for key, value in fields["output"].items() if key != "onExisting"}
     return hashlib.sha256(canonical_json(fields)).hexdigest()
 

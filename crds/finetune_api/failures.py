@@ -77,7 +77,7 @@ RULES: dict[FailureClass, _Rule] = {
         "output.uri already holds another job's model. Choose another folder, or set output.onExisting to Overwrite.",
     ),
     FailureClass.DISK_FULL: _Rule(
-        74, Disposition.FAIL, "The pod's disk is full. Give the node or the volume more space."
+        74, Disposition.FAIL, "The pod's disk is full. Use nodes with more ephemeral storage."
     ),
     FailureClass.TERMINATED: _Rule(
         75, Disposition.RESTART, "The pod was stopped from outside, for example by kubectl delete pod."

@@ -11,7 +11,7 @@ import json
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from finetune_api import SCHEMA_VERSION
 from finetune_api.base import ApiModel
@@ -66,8 +66,6 @@ class ReportedFailure(ApiModel):
 
 class Report(ApiModel):
     """All parts are optional: a provisional report is a valid one."""
-
-    model_config = ConfigDict(extra="ignore")
 
     schema_version: int = SCHEMA_VERSION
     job_uid: str

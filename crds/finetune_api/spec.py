@@ -99,7 +99,7 @@ class AddressingStyle(StrEnum):
     VIRTUAL = "Virtual"
 
 
-_S3 = "^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+$"
+_S3 = "^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^/].*$"
 
 
 def _uri_rules(schemes: str, example: str) -> list[dict[str, str]]:
@@ -364,7 +364,8 @@ class Checkpoint(ApiModel):
     every_steps: Annotated[int, Field(ge=0, le=100_000_000)] = 0
     """Save after every so many steps; 0 leaves it to everySeconds."""
     every_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
-    """Save when so many seconds have passed since the last checkpoint; 0 leaves it to everySteps."""
+    """Save when so many seconds have passed since the last checkpoint; 0 leaves it to everySteps. With both at 0, only
+    a pod that is told to stop saves."""
     keep_last: Annotated[int, Field(ge=1, le=100)] = 2
     """How many checkpoints of an attempt are kept."""
     grace_period_seconds: Annotated[int, Field(ge=10, le=86_400)] = 120
@@ -429,6 +430,15 @@ class Stages(ApiModel):
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
 
+    model_config = validations(
+        ("self.operator != 'Exists' || !has(self.value)", "operator Exists takes no value: remove value"),
+        ("has(self.key) || self.operator == 'Exists'", "a toleration without key needs operator Exists"),
+        (
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "tolerationSeconds needs effect NoExecute",
+        ),
+    )
+
     key: Annotated[str, StringConstraints(max_length=317)] | None = None
     """Taint key; absent with operator Exists matches all."""
     operator: Literal["Exists", "Equal"] = "Equal"
@@ -459,8 +469,9 @@ class FailurePolicy(ApiModel):
 
     max_restarts: Annotated[int, Field(ge=0, le=100)] = 3
     """How many failed attempts are tried again, over all stages."""
-    backoff_seconds: Annotated[int, Field(ge=0, le=3600)] = 10
-    """Pause before the first restart. It doubles with each further one, up to ten minutes."""
+    backoff_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
+    """Pause before the first restart. It doubles with each further one, up to ten minutes. After a preemption there is
+    a pause only when the attempt had not saved a checkpoint of its own."""
 
 
 class SecretReference(ApiModel):
@@ -479,7 +490,8 @@ class Storage(ApiModel):
             StringConstraints(max_length=512),
             Field(
                 json_schema_extra=cel(
-                    "self.matches('^https?://[^/]+')", "write a URL such as https://minio.storage.svc:9000"
+                    "self.matches('^https?://[^/@]+(/[^@]*)?$')",
+                    "write a URL such as https://minio.storage.svc:9000, with credentials in storage.secretRef only",
                 )
             ),
         ]

@@ -75,6 +75,7 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict"
     PODS_REFUSED = "PodsRefused"
     UNSCHEDULABLE = "Unschedulable"
+    NODE_LOST = "NodeLost"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_CONFIG_ERROR = "ContainerConfigError"
     # Checkpointed

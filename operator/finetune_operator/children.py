@@ -245,12 +245,14 @@ def _resources(spec: FineTuneJobSpec, stage: Stage, resolved: Resolved) -> dict[
 
 
 def train_memory(spec: FineTuneJobSpec, resolved: Resolved) -> str:
-    """Host memory of a train pod: libraries and /dev/shm, and the model once on its way to the GPUs; on CPU the model,
-    its gradients and optimiser state live there too."""
+    """Host memory of a train pod: /dev/shm, the libraries in each process, and the model once on its way to the GPUs;
+    on CPU the model, its gradients and optimiser state live there too."""
+    processes = max(1, spec.resources.gpus_per_node)
     if resolved.weight_bytes is None:
-        return "16Gi"
+        return _gibibytes((13 + 3 * processes) * GIB)
     times = 1.5 if spec.resources.gpus_per_node else 5
-    return _gibibytes(4 * GIB + quantity_bytes(spec.resources.shared_memory) + int(times * resolved.weight_bytes))
+    libraries = (1 + 3 * processes) * GIB
+    return _gibibytes(libraries + quantity_bytes(spec.resources.shared_memory) + int(times * resolved.weight_bytes))
 
 
 def export_memory(resolved: Resolved) -> str:

@@ -97,19 +97,24 @@ class Operator:
     async def _resync(self, kube: Kube) -> None:
         """Look at every job now and then: events can be missed, and time passes without any."""
         while True:
-            try:
-                found = [
-                    (Key(body["metadata"]["namespace"], body["metadata"]["name"]), body["metadata"]["resourceVersion"])
-                    for namespace in self.settings.namespaces or (None,)
-                    for body in await kube.list(FINETUNE_JOBS, namespace)
-                ]
-                self._judge_watch(dict(found))
-                for key, _ in found:
-                    self.queue.add(key)
+            found: dict[Key, str] = {}
+            lost = 0
+            namespaces = self.settings.namespaces or (None,)
+            for namespace in namespaces:
+                try:
+                    for body in await kube.list(FINETUNE_JOBS, namespace):
+                        metadata = body["metadata"]
+                        found[Key(metadata["namespace"], metadata["name"])] = metadata["resourceVersion"]
+                except Exception as error:
+                    # One namespace that was deleted, and its role with it, must not stop the others.
+                    lost += 1
+                    log.warning("resync of %s failed: %s", namespace or "all namespaces", error)
+            for key in found:
+                self.queue.add(key)
+            if lost < len(namespaces):
+                self._judge_watch(found)
                 self._resynced = time.monotonic()
                 self.metrics.last_resync.set_to_current_time()
-            except Exception as error:
-                log.warning("resync failed: %s", error)
             await asyncio.sleep(self.settings.resync_seconds)
 
     def _judge_watch(self, found: dict[Key, str]) -> None:

@@ -52,7 +52,8 @@ class ChildPod:
     ip: str
     finished: bool
     """It will never run again."""
-    deleting: bool
+    delete_by: datetime | None
+    """When it is being deleted: the end of its grace period."""
     started: datetime | None
     """When its container began to run."""
     running: bool
@@ -83,6 +84,8 @@ class Observation:
     conflict: Conflict | None = None
     create_error: str = ""
     """Why the API server refuses to create a child."""
+    create_invalid: bool = False
+    """It refuses because the child is not valid, so that no waiting helps."""
     live: Report | None = None
     """What the running pod says."""
     unreachable: str = ""
@@ -171,7 +174,7 @@ def _read_pod(item: dict[str, Any]) -> ChildPod | None:
         node=(item.get("spec") or {}).get("nodeName") or "",
         ip=status.get("podIP") or "",
         finished=status.get("phase") in ("Succeeded", "Failed"),
-        deleting="deletionTimestamp" in metadata,
+        delete_by=parse_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         started=parse_time(started) if started else None,
         running=running is not None,
         waiting=_waiting(status, state),

@@ -30,6 +30,9 @@ NO_PODS_SECONDS = 10.0
 WAITING_LOOK_SECONDS = 10.0
 """How often a pod that does not start is looked at: not all reasons come with an event."""
 
+NODE_LOST_SECONDS = 60.0
+"""A pod that is there so long after the end of its grace period is on a node that does not answer."""
+
 STAGE_CONDITION = {
     Stage.PREPARE: ConditionType.VALIDATED,
     Stage.TRAIN: ConditionType.RUNNING,
@@ -55,9 +58,14 @@ class Plan:
 def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime) -> Plan:
     """Decide what should be, from what was asked and what was seen."""
     draft = Draft(job, now)
-    if job.deleting or draft.terminal:
-        # The garbage collector removes the children of a deleted job; a finished one never changes again.
-        return Plan(job.status if job.deleting else draft.status)
+    if job.deleting or job.status_problem:
+        # The garbage collector removes the children of a deleted job.
+        return Plan(job.status)
+    if draft.terminal:
+        return Plan(draft.status)
+    if job.spec_problem and job.status.attempt is not None:
+        # It was readable when it was started, so that this operator is older than its API. A newer one goes on.
+        return Plan(job.status)
     problem = job.spec_problem or _impossible(job.spec, settings)
     if job.spec is None or problem:
         draft.fail(_invalid(problem, now))
@@ -79,13 +87,13 @@ def _impossible(spec: FineTuneJobSpec | None, settings: Settings) -> str:
     return f"{local} names a local file, which the pods of a cluster cannot see: upload it to S3 and use an s3:// URI."
 
 
-def _invalid(problem: str, now: datetime) -> Failure:
+def _invalid(problem: str, now: datetime, stage: Stage = Stage.PREPARE) -> Failure:
     return Failure.model_validate(
         {
             "class": FailureClass.USER_ERROR.value,
             "message": problem,
             "disposition": "Terminal",
-            "stage": Stage.PREPARE.value,
+            "stage": stage.value,
             "attempt": 0,
             "time": format_time(now),
         }
@@ -127,6 +135,10 @@ class _Stage:
     def _start(self, attempt: int) -> Plan:
         if self.seen.conflict is not None:
             return self._blocked(self.seen.conflict)
+        if self.seen.create_invalid:
+            message = f"The cluster cannot make the pod that spec asks for: {self.seen.create_error}. Correct the spec."
+            self.draft.fail(_invalid(message, self.now, self.stage))
+            return self._plan(running=False)
         if self.seen.create_error:
             name = child_name(self.draft.job.name, self.stage, attempt)
             self._say("False", Reason.PODS_REFUSED, _refused(name, self.seen.create_error))
@@ -172,6 +184,15 @@ class _Stage:
         if not pod.running:
             # The pod has ended, and the Job controller is about to say how.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
+        if pod.delete_by is not None and (self.now - pod.delete_by).total_seconds() > NODE_LOST_SECONDS:
+            self._say(
+                "Unknown",
+                Reason.NODE_LOST,
+                f"Pod {pod.name} should have ended by {format_time(pod.delete_by)}, and node {pod.node} does not say "
+                "that it has: the node is probably lost. Delete the Node object when the machine is off, and the job "
+                "goes on elsewhere.",
+            )
+            return self._plan(running=False, look_again=WAITING_LOOK_SECONDS)
         report = self._report(child.attempt, pod)
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"

@@ -33,7 +33,7 @@ class ProgressReader:
             try:
                 url = f"http://{host}:{AGENT_PORT}/progress"
                 async with self._session.get(url, allow_redirects=False) as response:
-                    body = await response.content.read(MAX_BYTES)
+                    body = await _read(response.content)
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 return None, type(error).__name__
         report = decode(body)
@@ -42,3 +42,11 @@ class ProgressReader:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+async def _read(stream: aiohttp.StreamReader) -> bytes:
+    """All that comes, up to the limit; a stream's `read` returns what has come so far."""
+    body = b""
+    while len(body) < MAX_BYTES and (piece := await stream.read(MAX_BYTES - len(body))):
+        body += piece
+    return body

@@ -92,6 +92,8 @@ class Reconciler:
             self._metrics.forget(key.namespace, key.name)
             return None
         job = FineTuneJob.parse(body)
+        if job.status_problem:
+            log.warning("%s/%s is left alone: %s", job.namespace, job.name, job.status_problem)
         seen = await self._observe(job)
         planned = plan(job, seen, self._settings, self._clock())
         if planned.needs_refusals_of and not seen.refusals:
@@ -119,7 +121,7 @@ class Reconciler:
         pods = read_pods(await self._kube.list(PODS, job.namespace, labelSelector=selector))
         live: Report | None = None
         unreachable = ""
-        running = next((pod for pod in pods if pod.running and pod.ip and not pod.deleting), None)
+        running = next((pod for pod in pods if pod.running and pod.ip and pod.delete_by is None), None)
         if running is not None:
             live, unreachable = await self._reader.read(running.ip)
         return Observation(jobs, pods, live=live, unreachable=unreachable)
@@ -140,8 +142,8 @@ class Reconciler:
                     if conflict is not None:
                         return {"conflict": conflict}
                 elif error.status in (400, 403, 422):
-                    # Quota, Pod Security, a webhook, or missing rights: waiting for a person.
-                    return {"create_error": error.message}
+                    # Quota, a webhook, or missing rights: waiting for a person.
+                    return {"create_error": error.message, "create_invalid": error.status == 422}
                 else:
                     raise
         return None

@@ -24,22 +24,21 @@ class FineTuneJob:
     """None when it cannot be read; then `spec_problem` says why."""
     spec_problem: str
     status: FineTuneJobStatus
+    status_problem: str = ""
+    """Why the status cannot be read. Then nothing is known of the job, and nothing may be done."""
 
     @classmethod
     def parse(cls, body: dict[str, Any]) -> FineTuneJob:
         metadata = body["metadata"]
-        spec, problem = None, ""
+        spec, problem, status_problem = None, "", ""
         try:
             spec = FineTuneJobSpec.model_validate(body.get("spec") or {})
         except ValidationError as error:
-            first = error.errors()[0]
-            path = ".".join(str(part) for part in first["loc"])
-            problem = f"spec.{path}: {first['msg']}"
+            problem = _first(error, "spec")
         try:
             status = FineTuneJobStatus.model_validate(body.get("status") or {})
-        except ValidationError:
-            # Somebody else wrote it, or a newer operator: what is needed can be seen again.
-            status = FineTuneJobStatus()
+        except ValidationError as error:
+            status, status_problem = FineTuneJobStatus(), _first(error, "status")
         return cls(
             namespace=metadata["namespace"],
             name=metadata["name"],
@@ -50,7 +49,13 @@ class FineTuneJob:
             spec=spec,
             spec_problem=problem,
             status=status,
+            status_problem=status_problem,
         )
+
+
+def _first(error: ValidationError, root: str) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join([root, *map(str, first['loc'])])}: {first['msg']}"
 
 
 def format_time(moment: datetime) -> str:

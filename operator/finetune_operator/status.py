@@ -156,18 +156,23 @@ class Draft:
             }
         )
         self.set(failure=failure)
+        self._no_time_left()
         if disposition is Disposition.FAIL:
             self.fail(failure)
         elif disposition is Disposition.RESTART_FREE:
+            preemptions = restarts.preemptions + 1
+            # An eviction that comes before anything is saved may come again and again, for a full disk, say.
+            pause = 0 if self._saved_in_this_attempt() else self._backoff(preemptions)
             self.set(
-                restarts=restarts.model_copy(update={"preemptions": restarts.preemptions + 1}),
-                restart_time=format_time(self.now),
+                restarts=restarts.model_copy(update={"preemptions": preemptions}),
+                restart_time=format_time(self.now + timedelta(seconds=pause)),
             )
-            self.note(failure_class, f"{stage} attempt {attempt}: {message} It is started again.", warning=True)
+            self.note(
+                failure_class, f"{stage} attempt {attempt}: {message} It is started again in {pause} s.", warning=True
+            )
         else:
             charged = restarts.charged + 1
-            base = self.job.spec.failure_policy.backoff_seconds
-            pause = min(base * 2 ** (charged - 1), MAX_BACKOFF_SECONDS)
+            pause = self._backoff(charged)
             self.set(
                 restarts=restarts.model_copy(update={"charged": charged}),
                 restart_time=format_time(self.now + timedelta(seconds=pause)),
@@ -177,6 +182,18 @@ class Draft:
                 f"{stage} attempt {attempt}: {message} Restart {charged} of {allowed} in {pause} s.",
                 warning=True,
             )
+
+    def _backoff(self, count: int) -> int:
+        """Seconds before the restart after the `count`-th failure."""
+        assert self.job.spec is not None
+        base = self.job.spec.failure_policy.backoff_seconds
+        return min(base << min(count - 1, 10), MAX_BACKOFF_SECONDS)
+
+    def _saved_in_this_attempt(self) -> bool:
+        attempt, checkpoint = self.status.attempt, self.status.checkpoint
+        if attempt is None or attempt.resumed_from_step is None or checkpoint is None:
+            return False
+        return checkpoint.step > attempt.resumed_from_step
 
     def fail(self, failure: Failure) -> None:
         """The job ends without a model."""
@@ -196,6 +213,12 @@ class Draft:
         self._not_watched()
         self.set_condition(ConditionType.COMPLETE, "True", reason, message)
         self.note(reason, message)
+
+    def _no_time_left(self) -> None:
+        """Nothing runs that could be estimated."""
+        if self.status.progress is not None:
+            gone = {"eta": None, "estimated_remaining_seconds": None}
+            self.set(progress=self.status.progress.model_copy(update=gone))
 
     def _not_watched(self) -> None:
         if self.condition(ConditionType.PROGRESS_AVAILABLE) is not None:
@@ -277,7 +300,7 @@ def _given(model: Any) -> dict[str, Any]:
 
 def _progress(step: StepProgress, now: datetime) -> Progress:
     remaining = None
-    if step.step_seconds is not None:
+    if step.step_seconds is not None and step.step < step.total_steps:
         remaining = round((step.total_steps - step.step) * step.step_seconds)
     share = step.step / step.total_steps if step.total_steps else 0.0
     return Progress(

@@ -113,24 +113,24 @@ def child_pod(
     state: dict[str, Any] | None = None,
     conditions: list[dict[str, Any]] | None = None,
     ip: str = "10.0.0.7",
-    deleting: bool = False,
+    delete_by: datetime | None = None,
 ) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "name": f"{child_name('bot', stage, attempt)}-0-x7k2p",
         "labels": labels(stage, attempt),
         "creationTimestamp": format_time(NOW - timedelta(seconds=30)),
     }
-    if deleting:
-        metadata["deletionTimestamp"] = format_time(NOW)
+    if delete_by is not None:
+        metadata["deletionTimestamp"] = format_time(delete_by)
     status: dict[str, Any] = {"phase": phase, "podIP": ip, "conditions": conditions or []}
     if state is not None:
         status["containerStatuses"] = [{"name": CONTAINER, "state": state}]
     return {"metadata": metadata, "spec": {"nodeName": "node1"}, "status": status}
 
 
-def running_pod(stage: Stage, attempt: int = 1) -> dict[str, Any]:
+def running_pod(stage: Stage, attempt: int = 1, delete_by: datetime | None = None) -> dict[str, Any]:
     started = format_time(NOW - timedelta(seconds=20))
-    return child_pod(stage, attempt, phase="Running", state={"running": {"startedAt": started}})
+    return child_pod(stage, attempt, phase="Running", state={"running": {"startedAt": started}}, delete_by=delete_by)
 
 
 def ended_pod(

@@ -29,7 +29,7 @@ from builders import (
 
 from finetune_api.failures import RULES, Disposition, FailureClass, disposition_of
 from finetune_api.names import DOCUMENT_FILE, Stage
-from finetune_api.report import StepProgress
+from finetune_api.report import Report, StepProgress
 from finetune_api.status import (
     ArtifactResult,
     CheckpointResult,
@@ -51,6 +51,12 @@ def document(planned: Any) -> dict[str, Any]:
     (config_map,) = [item for item in planned.create if item["kind"] == "ConfigMap"]
     loaded: dict[str, Any] = json.loads(config_map["data"][DOCUMENT_FILE])
     return loaded
+
+
+def saved(stage: Stage, attempt: int, resumed_from: int, step: int) -> Report:
+    """The report of an attempt that has stored a checkpoint."""
+    checkpoint = CheckpointResult(step=step, uri=f"s3://w/train/{attempt}/checkpoints/{step}")
+    return report(stage, attempt, resumed_from_step=resumed_from, checkpoint=checkpoint)
 
 
 def progress(step: int, total: int = 100, **fields: Any) -> StepProgress:
@@ -245,16 +251,37 @@ class TestFailures:
     def test_a_disruption_is_free_and_starts_again_at_once(self) -> None:
         story = Story()
         story.prepared()
+        story.look([complete(PREPARE), child_job(TRAIN)], [running_pod(TRAIN)], live=saved(TRAIN, 1, 0, 40))
         planned = story.look([complete(PREPARE), disrupted(TRAIN, 1)])
         assert created(planned) == ["ConfigMap/bot-train-2", "Job/bot-train-2"]
         assert planned.status.restarts is not None
         assert (planned.status.restarts.charged, planned.status.restarts.preemptions) == (0, 1)
         assert document(planned)["earlierAttempts"] == [1]
 
+    def test_a_disruption_before_anything_was_saved_is_free_but_not_at_once(self) -> None:
+        """A pod that is evicted for the disk that it fills would be evicted again and again."""
+        story = Story(failurePolicy={"backoffSeconds": 10})
+        story.prepared()
+        live = saved(TRAIN, 1, 0, 40)
+        story.look([complete(PREPARE), child_job(TRAIN)], [running_pod(TRAIN)], live=live)
+        story.look([complete(PREPARE), disrupted(TRAIN, 1)])
+        for attempt, pause in ((2, 20), (3, 40)):
+            resumed = report(TRAIN, attempt, resumed_from_step=40)
+            jobs = [complete(PREPARE), child_job(TRAIN, attempt)]
+            story.look(jobs, [running_pod(TRAIN, attempt)], live=resumed)
+            planned = story.look([complete(PREPARE), disrupted(TRAIN, attempt)])
+            assert planned.create == ()
+            assert planned.look_again == pytest.approx(pause)
+            planned = story.look([complete(PREPARE), disrupted(TRAIN, attempt)], after=pause)
+            assert created(planned)[1] == f"Job/bot-train-{attempt + 1}"
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 3}
+
     def test_a_hundred_disruptions_are_free(self) -> None:
         story = Story()
         story.prepared()
         for attempt in range(1, 101):
+            live = saved(TRAIN, attempt, 10 * (attempt - 1), 10 * attempt)
+            story.look([complete(PREPARE), child_job(TRAIN, attempt)], [running_pod(TRAIN, attempt)], live=live)
             story.look([complete(PREPARE), disrupted(TRAIN, attempt)])
         assert story.condition("Failed") is None
         assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 100}
@@ -322,7 +349,7 @@ class TestFailures:
 
     def test_the_next_attempt_waits_until_the_pods_of_the_last_one_are_gone(self) -> None:
         """FailureTarget decides, Failed means that the pods are gone: never two train Jobs at once."""
-        story = Story()
+        story = Story(failurePolicy={"backoffSeconds": 0})
         story.prepared()
         planned = story.look([complete(PREPARE), disrupted(TRAIN, 1, gone=False)])
         assert story.body["status"]["failure"]["class"] == "Preempted"
@@ -492,8 +519,31 @@ class TestWaiting:
         story.look(create_error='jobs.batch "bot-prepare-1" is forbidden: exceeded quota')
         assert story.condition("Validated") == ("False", "PodsRefused")
 
+    def test_a_node_that_does_not_answer_is_named(self) -> None:
+        story = Story()
+        story.prepared()
+        jobs = [complete(PREPARE), child_job(TRAIN)]
+        pods = [running_pod(TRAIN, delete_by=NOW)]
+        story.look(jobs, pods, after=30)
+        assert story.condition("Running") == ("True", "Training"), "it may just be late"
+        story.look(jobs, pods, after=31)
+        assert story.condition("Running") == ("Unknown", "NodeLost")
+        (message,) = [c["message"] for c in story.body["status"]["conditions"] if c["type"] == "Running"]
+        assert "node node1" in message
+        assert "Delete the Node object" in message
+
 
 class TestSpecsThatCannotWork:
+    def test_a_child_that_the_api_server_finds_invalid_fails_the_job(self) -> None:
+        """Waiting would not help: the spec cannot be changed."""
+        story = Story()
+        story.prepared()
+        story.body["status"].pop("attempt")
+        planned = story.look([complete(PREPARE)], create_error='Job "bot-train-1" is invalid: bad', create_invalid=True)
+        assert planned.create == ()
+        assert story.condition("Failed") == ("True", "UserError")
+        assert 'Job "bot-train-1" is invalid: bad' in story.body["status"]["failure"]["message"]
+
     def test_local_files_are_refused_in_a_cluster_and_allowed_in_local_mode(self) -> None:
         changes = {"model": {"uri": "file:///models/base"}}
         story = Story(**changes)
@@ -535,3 +585,38 @@ class TestTimesAndConditions:
         assert story.body["status"]["startTime"] == started
         story.look([complete(PREPARE)], [ended_pod(PREPARE)])
         assert "startTime" not in story.body["status"]["attempt"], "a new attempt has not started yet"
+
+
+class TestOtherVersions:
+    """What another version of the operator wrote is kept, and is no reason to end a job."""
+
+    def test_a_field_of_a_newer_api_is_ignored(self) -> None:
+        planned = Story(priority=3, model={"uri": "s3://models/base", "mirror": True}).look()
+        assert created(planned) == ["ConfigMap/bot-prepare-1", "Job/bot-prepare-1"]
+        assert "mirror" not in document(planned)["spec"]["model"]
+
+    def test_a_status_field_of_a_newer_api_changes_nothing(self) -> None:
+        story = Story()
+        story.prepared()
+        story.body["status"]["queue"] = {"position": 3}
+        planned = story.look([complete(PREPARE), complete(TRAIN)])
+        assert created(planned) == ["ConfigMap/bot-export-1", "Job/bot-export-1"]
+
+    def test_a_status_that_cannot_be_read_is_left_alone(self) -> None:
+        story = Story()
+        story.prepared()
+        story.body["status"]["attempt"]["stage"] = "distil"
+        assert "status.attempt.stage" in story.job.status_problem
+        planned = plan(story.job, observe([complete(PREPARE)]), SETTINGS, NOW)
+        assert (planned.create, planned.look_again, planned.notes) == ((), None, ())
+        assert planned.status == story.job.status
+
+    def test_a_running_job_that_cannot_be_read_is_left_alone(self) -> None:
+        story = Story()
+        story.prepared()
+        story.body["spec"]["method"] = {"type": "DPO"}
+        planned = plan(story.job, observe([complete(PREPARE)]), SETTINGS, NOW)
+        assert (planned.create, planned.status) == ((), story.job.status)
+        fresh = Story(method={"type": "DPO"})
+        fresh.look()
+        assert fresh.condition("Failed") == ("True", "UserError")

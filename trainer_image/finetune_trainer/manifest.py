@@ -129,21 +129,35 @@ def report_published(output: Folder, manifest: Manifest, reporter: Reporter) -> 
     reporter.phase("Done")
 
 
-def require_free(output: Folder, document: JobDocument) -> None:
+def require_no_other_model(output: Folder, document: JobDocument) -> Manifest | None:
+    """The manifest in the folder, when it is this job's own or may be replaced. Files without a manifest do not count:
+    they may be our own, of an upload that broke off.
+
+    Raises:
+        JobError: OutputExists, when another job's model is published there and the job does not say Overwrite.
     """
+    manifest = read_manifest(output)
+    if manifest is not None and manifest.job.uid != document.job.uid:
+        _refuse(
+            output, document, f"the model of job {manifest.job.namespace}/{manifest.job.name} of {manifest.created}"
+        )
+    return manifest
+
+
+def require_free(output: Folder, document: JobDocument) -> None:
+    """Before anything of ours is there.
+
     Raises:
         JobError: OutputExists, when the folder holds another model and the job does not say Overwrite.
     """
+    if require_no_other_model(output, document) is not None:
+        return
+    if output.stat("config.json") or output.stat(f"{ADAPTER_FOLDER}/adapter_config.json") or output.stat(MANIFEST):
+        _refuse(output, document, "a model without a manifest")
+
+
+def _refuse(output: Folder, document: JobDocument, found: str) -> None:
     if document.spec.output.on_existing is OnExisting.OVERWRITE:
-        return
-    manifest = read_manifest(output)
-    if manifest is not None and manifest.job.uid == document.job.uid:
-        return
-    if manifest is not None:
-        found = f"the model of job {manifest.job.namespace}/{manifest.job.name} of {manifest.created}"
-    elif output.stat("config.json") or output.stat(f"{ADAPTER_FOLDER}/adapter_config.json") or output.stat(MANIFEST):
-        found = "a model without a manifest"
-    else:
         return
     raise JobError(
         FailureClass.OUTPUT_EXISTS,

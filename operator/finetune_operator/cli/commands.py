@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+import aiohttp
 import click
 import yaml
 from kubernetes.aio.config import ConfigException
@@ -32,6 +33,8 @@ EXIT_FAILED = 1
 EXIT_TIMEOUT = 3
 EXIT_CLUSTER = 4
 POLL_SECONDS = 1.0
+PATIENCE_SECONDS = 60.0
+"""A cluster that cannot be reached while a job is followed is asked again for so long."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -58,7 +61,7 @@ async def connect(target: Target) -> AsyncIterator[tuple[Kube, str]]:
     """The API and the namespace to use."""
     try:
         api, default = await load_client_of_user(target.kubeconfig, target.context)
-    except (ConfigException, OSError) as error:
+    except (ConfigException, OSError, yaml.YAMLError, UnicodeError, TypeError, AttributeError) as error:
         hint = "Set KUBECONFIG, or start a cluster of your own with: finetune local up"
         raise Stop(f"no cluster: {error}. {hint}", EXIT_CLUSTER) from error
     async with api:
@@ -79,8 +82,8 @@ def run(work: Awaitable[int]) -> None:
     except ApiError as error:
         click.echo(f"error: the cluster answered {error.status}: {error.message}", err=True)
         sys.exit(EXIT_CLUSTER)
-    except OSError as error:
-        click.echo(f"error: the cluster cannot be reached: {error}", err=True)
+    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        click.echo(f"error: the cluster cannot be reached: {error or type(error).__name__}", err=True)
         sys.exit(EXIT_CLUSTER)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -117,12 +120,21 @@ def validate_command(files: tuple[TextIO, ...]) -> None:
 
     Messages name file, line and field. FILES may be - for standard input. Exits with 1 when something is wrong.
     """
-    wrong = False
-    for file in files:
-        verdict = validate(file.read())
+    verdicts = [validate(_text(file)) for file in files]
+    for file, verdict in zip(files, verdicts, strict=True):
         _print_verdict(file.name, verdict)
-        wrong = wrong or bool(verdict.problems)
+    wrong = any(verdict.problems for verdict in verdicts)
+    if not wrong and not any(verdict.jobs for verdict in verdicts):
+        click.echo("there is no FineTuneJob to check", err=True)
+        wrong = True
     sys.exit(EXIT_FAILED if wrong else 0)
+
+
+def _text(file: TextIO) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"{file.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _print_verdict(name: str, verdict: Verdict) -> None:
@@ -145,9 +157,10 @@ def submit(target: Target, file: TextIO, watch: bool) -> None:
 
     async def work() -> int:
         async with connect(target) as (kube, namespace):
-            names = [await create(kube, namespace, manifest) for manifest in manifests]
-            for place, name in names:
-                click.echo(f"FineTuneJob {place}/{name} created")
+            names = []
+            for manifest in manifests:
+                names.append(await create(kube, namespace, manifest))
+                click.echo("FineTuneJob {}/{} created".format(*names[-1]))
             codes = [await follow(kube, place, name) for place, name in names if watch]
             return max(codes, default=0)
 
@@ -155,7 +168,7 @@ def submit(target: Target, file: TextIO, watch: bool) -> None:
 
 
 def _valid_manifests(file: TextIO) -> list[Manifest]:
-    text = file.read()
+    text = _text(file)
     verdict = validate(text)
     if verdict.problems or not verdict.jobs:
         _print_verdict(file.name, verdict)
@@ -256,12 +269,21 @@ async def follow(kube: Kube, namespace: str, name: str) -> int:
 
 
 async def states(kube: Kube, namespace: str, name: str) -> AsyncIterator[FineTuneJob]:
-    """The job again and again, until it has ended."""
+    """The job again and again, until it has ended. A cluster that does not answer for a while is asked again."""
+    patience = PATIENCE_SECONDS
     while True:
-        job = FineTuneJob.parse(await fetch(kube, namespace, name))
-        yield job
-        if _ended(job):
-            return
+        try:
+            job = FineTuneJob.parse(await fetch(kube, namespace, name))
+        except (ApiError, aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            passing = not isinstance(error, ApiError) or error.status == 429 or error.status >= 500
+            if not passing or patience <= 0:
+                raise
+            patience -= POLL_SECONDS
+        else:
+            patience = PATIENCE_SECONDS
+            yield job
+            if _ended(job):
+                return
         await asyncio.sleep(POLL_SECONDS)
 
 

@@ -144,11 +144,12 @@ async def delete(kube: Kube, namespace: str, name: str) -> None:
 @click.argument("destination")
 @state_option
 def cp(source: str, destination: str, state: Path) -> None:
-    """Copy a file or folder into a bucket, or out of it.
+    """Copy a file or folder into a bucket, or out of it. A DESTINATION that ends in a slash is a folder to copy into.
 
     \b
     finetune local cp ./llama s3://models/llama          a folder
     finetune local cp train.jsonl s3://data/train.jsonl  a file
+    finetune local cp train.jsonl s3://data/             the same
     finetune local cp s3://models/tuned ./tuned
     """
     into = destination.startswith("s3://")
@@ -156,8 +157,14 @@ def cp(source: str, destination: str, state: Path) -> None:
         raise click.UsageError("one of SOURCE and DESTINATION must be an s3:// URI")
 
     async def work() -> int:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
         async with using(state, with_cluster=False) as started:
-            count = await asyncio.to_thread(_copy, started, source, destination)
+            try:
+                count = await asyncio.to_thread(_copy, started, source, destination)
+            except (Boto3Error, BotoCoreError, ClientError, OSError) as error:
+                raise Stop(f"{source} cannot be copied to {destination}: {error}", commands.EXIT_FAILED) from error
         click.echo(f"{count} files copied to {destination}")
         return 0
 
@@ -167,6 +174,9 @@ def cp(source: str, destination: str, state: Path) -> None:
 def _copy(started: Stack, source: str, destination: str) -> int:
     """Copy in or out; returns the number of files."""
     import boto3
+
+    if destination.endswith("/"):
+        destination += Path(source.rstrip("/")).name
 
     s3 = boto3.client(
         "s3",
@@ -194,8 +204,11 @@ def _copy(started: Stack, source: str, destination: str) -> int:
     ]
     if not keys:
         raise Stop(f"there is nothing at {source}", commands.EXIT_FAILED)
+    target = Path(destination)
+    if keys == [prefix] and target.is_dir():
+        target /= Path(prefix).name
     for key in keys:
-        path = Path(destination) / (key.removeprefix(prefix).lstrip("/") or Path(key).name)
+        path = target / key.removeprefix(prefix).lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         s3.download_file(bucket, key, str(path))
     return len(keys)

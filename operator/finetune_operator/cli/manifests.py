@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from finetune_api import API_VERSION, KIND
+from finetune_api import API_VERSION, GROUP, KIND
 from finetune_operator.schema import Path
 
 
@@ -46,13 +46,19 @@ class Manifest:
 
     @property
     def is_finetune_job(self) -> bool:
-        return isinstance(self.body, dict) and self.body.get("kind") == KIND
+        """Whether it is meant to be one; `kind` may still be misspelt."""
+        if not isinstance(self.body, dict):
+            return False
+        kind, version = str(self.body.get("kind")), str(self.body.get("apiVersion"))
+        return kind.lower() == KIND.lower() or version.startswith(f"{GROUP}/")
 
     @property
-    def version_problem(self) -> str:
-        """What is wrong with apiVersion; empty when nothing is."""
-        version = self.body.get("apiVersion")
-        return "" if version == API_VERSION else f"apiVersion is {version!r}: write {API_VERSION}"
+    def type_problem(self) -> tuple[str, str] | None:
+        """The field of the two that say the type that is wrong, and what is wrong with it."""
+        for field, right in (("apiVersion", API_VERSION), ("kind", KIND)):
+            if self.body.get(field) != right:
+                return field, f"{field} is {self.body.get(field)!r}: write {right}"
+        return None
 
     def line_of(self, path: Path) -> int:
         """The line of a field, or of the nearest field around it when it is absent."""
@@ -67,7 +73,11 @@ def read(text: str) -> list[Manifest]:
     Raises:
         ManifestError: it is no YAML.
     """
-    loader = _KubernetesLoader(text)
+    try:
+        loader = _KubernetesLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ManifestError(f"the character {chr(error.character)!r} is not allowed", line) from error
     try:
         manifests = []
         while loader.check_node():
@@ -83,6 +93,8 @@ def read(text: str) -> list[Manifest]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ManifestError(str(error.problem or error.context), line) from error
+    except RecursionError as error:
+        raise ManifestError("it holds itself, or is nested too deeply", 1) from error
     finally:
         loader.dispose()
 

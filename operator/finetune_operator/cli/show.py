@@ -100,6 +100,8 @@ def line(job: FineTuneJob) -> str:
             parts.append(f"loss {progress.loss}")
         if progress.eta and status.phase is Phase.RUNNING:
             parts.append(f"ETA {progress.eta}")
+    if status.phase in (None, Phase.PENDING, Phase.STARTING, Phase.RESTARTING):
+        parts.append(what_it_does(status))
     return "  ".join(parts)
 
 

@@ -56,7 +56,8 @@ def validate(text: str) -> Verdict:
         problems = check(manifest)
         verdict.problems.extend(problems)
         if not problems:
-            verdict.jobs.append(str(manifest.body["metadata"]["name"]))
+            metadata = manifest.body["metadata"]
+            verdict.jobs.append(str(metadata.get("name") or f"{metadata['generateName']}…"))
     if not manifests:
         verdict.problems.append(Problem(1, "", "the file is empty: write a FineTuneJob"))
     return verdict
@@ -64,8 +65,9 @@ def validate(text: str) -> Verdict:
 
 def check(manifest: Manifest) -> list[Problem]:
     """Everything that is wrong with one FineTuneJob, in the order of its lines."""
-    if manifest.version_problem:
-        return [Problem(manifest.line_of(("apiVersion",)), "apiVersion", manifest.version_problem)]
+    if manifest.type_problem is not None:
+        field, message = manifest.type_problem
+        return [Problem(manifest.line_of((field,)), field, message)]
     metadata = manifest.body.get("metadata")
     if not isinstance(metadata, dict) or not (metadata.get("name") or metadata.get("generateName")):
         return [Problem(manifest.line_of(("metadata",)), "metadata.name", "Required value: give the job a name")]

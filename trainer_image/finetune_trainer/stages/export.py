@@ -31,6 +31,7 @@ from finetune_trainer.manifest import (
     manifest_artifact,
     read_manifest,
     report_published,
+    require_no_other_model,
     spec_lineage,
 )
 from finetune_trainer.merge import LoraDeltas, Merge, output_spec
@@ -41,6 +42,7 @@ from finetune_trainer.reporting import Reporter, now
 from finetune_trainer.shards import write_model
 from finetune_trainer.stages.train import ADAPTER, PROBE, QUANTIZED, WEIGHTS, read_result
 from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.storage.base import ObjectInfo
 from finetune_trainer.storage.files import FileFolder
 from finetune_trainer.storage.s3 import sha256_file
 
@@ -200,20 +202,21 @@ def _publish(
     evaluation: EvaluationResult,
     verification: Verification | None,
 ) -> list[ArtifactResult]:
-    """Upload all files, then the manifest. `require_free` has decided in prepare that the folder may be used."""
-    replaced = read_manifest(output)
+    """Upload all files, then the manifest. Prepare has seen the folder free, but that may have been days ago."""
+    replaced = require_no_other_model(output, document)
     if replaced is not None:
         # From here on the folder holds no complete model until the new manifest is there.
         output.delete([MANIFEST])
-    files = []
+    files, uploads = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         file = PublishedFile(
             path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_file(path)
         )
-        output.upload(path, file.path, file.sha256)
+        uploads.append(output.upload(path, file.path, file.sha256))
         files.append(file)
     _delete_stale(document, output, replaced, {file.path for file in files})
-    _require_complete(output, files)
+    require_no_other_model(output, document)
+    _require_complete(output, uploads)
     manifest = Manifest(
         document_digest=document.digest,
         job=document.job,
@@ -244,14 +247,14 @@ def _is_model_file(key: str) -> bool:
     )
 
 
-def _require_complete(output: Folder, files: list[PublishedFile]) -> None:
+def _require_complete(output: Folder, uploads: list[ObjectInfo]) -> None:
     """Each upload compared checksums; this makes sure that nobody removed or replaced a file meanwhile."""
-    present = {info.key: info.size for info in output.list()}
-    for file in files:
-        if present.get(file.path) != file.size:
+    present = set(output.list())
+    for info in uploads:
+        if info not in present:
             raise JobError(
                 FailureClass.STORAGE_UNAVAILABLE,
-                f"{output.uri}/{file.path} is not there as it was uploaded. Does another job write to the folder?",
+                f"{output.uri}/{info.key} is not there as it was uploaded. Does another job write to the folder?",
             )
 
 

@@ -35,6 +35,7 @@ from finetune_trainer.storage.s3 import sha256_file
 log = logging.getLogger(__name__)
 
 PROBE = "prepare/write-probe"
+OUTPUT_PROBE = ".finetune/write-probe"
 DEFAULT_SPLIT = 0.05
 DEFAULT_SPLIT_MAX_ROWS = 200
 DEFAULT_SPLIT_MIN_ROWS = 40
@@ -46,7 +47,10 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
     reporter.phase("CheckingAccess")
     work = open_folder(document.work_uri, document.storage)
     output = open_folder(spec.output.uri, document.storage)
-    _probe_writing(work)
+    _probe_writing(work, PROBE)
+    if document.spec.storage.work_uri is not None:
+        # Else the work files are below the output.
+        _probe_writing(output, OUTPUT_PROBE)
     model = BaseModel(open_folder(spec.model.uri, document.storage))
     model.require_trainable()
     train_sources = _sources(spec.dataset.train, document)
@@ -69,10 +73,10 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
     reporter.phase("Done")
 
 
-def _probe_writing(folder: Folder) -> None:
+def _probe_writing(folder: Folder, key: str) -> None:
     """Learn now, not after hours of training, whether the job may write."""
-    folder.write(PROBE, b"")
-    folder.delete([PROBE])
+    folder.write(key, b"")
+    folder.delete([key])
 
 
 def _sources(files: list[DataFile], document: JobDocument) -> list[SourceFile]:

@@ -99,7 +99,13 @@ class S3Folder:
 
     def _head(self, key: str) -> dict[str, Any]:
         with _errors(self._name(key)):
-            head: dict[str, Any] = self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+            try:
+                head: dict[str, Any] = self._client.head_object(Bucket=self.bucket, Key=self._key(key))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("400", "403"):
+                    # An answer to HEAD has no body that says why: an expired token, another region, no right.
+                    self._client.list_objects_v2(Bucket=self.bucket, Prefix=self._key(key), MaxKeys=1)
+                raise
             return head
 
     def _require_bucket(self) -> None:
@@ -282,12 +288,12 @@ _DENIED = {
     "403",
     "AccessDenied",
     "AllAccessDisabled",
-    "ExpiredToken",
     "Forbidden",
     "InvalidAccessKeyId",
     "InvalidToken",
     "SignatureDoesNotMatch",
 }
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _MISSING = {"404", "NoSuchBucket", "NoSuchKey", "NotFound"}
 _WRONG_PLACE = {
     "301",
@@ -330,6 +336,12 @@ def _client_error(error: ClientError, name: str, writing: bool) -> JobError:
     if code in _MISSING or status == 404:
         what = "bucket" if code == "NoSuchBucket" else "object"
         return JobError(FailureClass.NOT_FOUND, f"{name}: the {what} does not exist. Correct the URI, or create it.")
+    if code in _EXPIRED:
+        return JobError(
+            FailureClass.STORAGE_UNAVAILABLE,
+            f"{name}: the credentials have expired ({code}). Renew them in storage.secretRef; the next attempt reads "
+            "them anew.",
+        )
     if code in _DENIED or status in (401, 403):
         right = "s3:PutObject" if writing else "s3:GetObject and s3:ListBucket"
         return JobError(
