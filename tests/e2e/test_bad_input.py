@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import manifest
-from local_up import LocalUp
+from local_up import FINETUNE, LocalUp
 
 ADAPTER = "spec.method.adapter"
 
@@ -88,6 +88,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "must be a multiple of resources.gpusPerNode",
     ),
     "no output": ({"output": None}, "spec.output", "Required value"),
+    "a toleration that no pod can have": (
+        {"scheduling": {"tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]}},
+        "spec.scheduling.tolerations[0]",
+        "operator Exists takes no value",
+    ),
+    "credentials in the endpoint": (
+        {"storage": {"endpoint": "https://key:secret@minio:9000"}},
+        "spec.storage.endpoint",
+        "credentials in storage.secretRef only",
+    ),
+    "a rate that is infinite": (
+        {"hyperparameters": {"learningRate": "1.5e+999"}},
+        "spec.hyperparameters.learningRate",
+        "write a decimal number",
+    ),
 }
 
 NAMES = {
@@ -109,7 +124,8 @@ def test_what_the_schema_refuses_is_refused_by_kubectl_and_by_validate(up: Local
     assert words in offline.stderr
     found = next(line for line in offline.stderr.splitlines() if f" {field}: " in line)
     shown = text.splitlines()[int(found.split(":")[1]) - 1]
-    assert (field.rpartition(".")[2] if field != "spec.output" else "spec") in shown, "the line of the field"
+    last = "key" if field.endswith("[0]") else field.rpartition(".")[2]
+    assert (last if field != "spec.output" else "spec") in shown, "the line of the field"
     online = up.kubectl("apply", "-f", "-", stdin=text, check=False)
     assert words in online, online
     assert field in online
@@ -312,9 +328,32 @@ def test_overwrite_replaces_another_model(up: LocalUp) -> None:
     assert json.loads(up.read("s3://models/replaced/config.json"))["model_type"] == "llama"
 
 
-def test_help_reads_well() -> None:
-    from local_up import FINETUNE
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            b"kind: FinetuneJob\napiVersion: finetune.dev/v1alpha1\n",
+            ":1: kind: kind is 'FinetuneJob': write FineTuneJob",
+        ),
+        (b"kind: FineTuneJob\napiVersion: finetune.dev/v1\n", ":2: apiVersion: apiVersion is 'finetune.dev/v1'"),
+        (b"kind: Secret\napiVersion: v1\n", "there is no FineTuneJob to check"),
+        (b"", "the file is empty"),
+        (b"kind: [\n", "not YAML"),
+        (b"a: \x07\n", ":1: not YAML: the character '\\x07' is not allowed"),
+        (b"&a [*a]\n", "not YAML: it holds itself"),
+        (b"a: \xff\n", "is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_job_says_so(tmp_path: Path, text: bytes, words: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(text)
+    done = subprocess.run([*FINETUNE, "validate", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
+
+def test_help_reads_well() -> None:
     for command in ([], ["submit"], ["watch"], ["wait"], ["local"], ["local", "run"], ["local", "cp"]):
         done = subprocess.run([*FINETUNE, *command, "--help"], capture_output=True, text=True, check=True)
         assert done.stdout.startswith("Usage: ")

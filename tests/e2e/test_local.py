@@ -36,8 +36,12 @@ def test_what_was_copied_in_can_be_copied_out(state: Path, tiny_model: Path, tmp
     assert local(state, "cp", "s3://models/tiny", str(tmp_path / "copy")).returncode == 0
     for path in tiny_model.iterdir():
         assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
-    assert local(state, "cp", "s3://datasets/train.jsonl", str(tmp_path)).returncode == 0
-    assert (tmp_path / "train.jsonl").read_bytes() == (state.parent / "rows.jsonl").read_bytes()
+    rows = state.parent / "rows.jsonl"
+    for target, path in ((tmp_path, tmp_path / "train.jsonl"), (tmp_path / "mine.jsonl", tmp_path / "mine.jsonl")):
+        assert local(state, "cp", "s3://datasets/train.jsonl", str(target)).returncode == 0
+        assert path.read_bytes() == rows.read_bytes()
+    assert local(state, "cp", str(rows), "s3://datasets/more/").returncode == 0
+    assert (state / "s3/datasets/more/rows.jsonl").read_bytes() == rows.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,7 @@ def test_what_was_copied_in_can_be_copied_out(state: Path, tiny_model: Path, tmp
         ("not-there", "s3://models/a", 1, "not-there does not exist"),
         ("s3://models/nothing", "here", 1, "there is nothing at s3://models/nothing"),
         ("s3://nobucket/nothing", "here", 1, "there is nothing at s3://nobucket/nothing"),
+        ("s3://models/tiny", "/dev/null/here", 1, "s3://models/tiny cannot be copied to /dev/null/here"),
         ("not-there", "s3:///a", 1, "s3://BUCKET/PATH"),
     ],
 )
