@@ -536,6 +536,10 @@ class FineTuneJobSpec(ApiModel):
             "Full trains no adapter: remove Adapter from output.artifacts, or set method.adapter.type to LoRA or QLoRA",
         ),
         (
+            "self.model.uri != self.output.uri",
+            "output.uri is the base model's own folder: choose another folder for the tuned model",
+        ),
+        (
             "self.resources.gpusPerNode <= 1 || self.hyperparameters.batchSize % self.resources.gpusPerNode == 0",
             "hyperparameters.batchSize must be a multiple of resources.gpusPerNode, so that every GPU has the same "
             "share: change one of them",

@@ -33,7 +33,7 @@ from finetune_api.names import (
     Stage,
     child_name,
 )
-from finetune_api.spec import AddressingStyle, FineTuneJobSpec, StageResources
+from finetune_api.spec import AdapterType, AddressingStyle, FineTuneJobSpec, StageResources
 from finetune_api.status import Resolved
 from finetune_api.uri import join
 from finetune_operator.config import Settings
@@ -251,8 +251,12 @@ def train_memory(spec: FineTuneJobSpec, resolved: Resolved) -> str:
     if resolved.weight_bytes is None:
         return _gibibytes((13 + 3 * processes) * GIB)
     times = 1.5 if spec.resources.gpus_per_node else 5
-    libraries = (1 + 3 * processes) * GIB
-    return _gibibytes(libraries + quantity_bytes(spec.resources.shared_memory) + int(times * resolved.weight_bytes))
+    size = (1 + 3 * processes) * GIB + quantity_bytes(spec.resources.shared_memory) + int(times * resolved.weight_bytes)
+    if spec.method.adapter.type is AdapterType.FULL:
+        # A resumed attempt reads the optimiser's state, two floats for each weight, through host memory. On CPU the
+        # weights, the gradients and that state stay there, in float32.
+        size += (8 if spec.resources.gpus_per_node else 16) * (resolved.parameters or 0)
+    return _gibibytes(size)
 
 
 def export_memory(resolved: Resolved) -> str:

@@ -270,6 +270,31 @@ class TestSeveralProcesses:
         assert (report.failure.failure_class, report.failure.rank) == (FailureClass.LOSS_DIVERGED, 1)
         assert run.children() == []
 
+    def test_a_process_that_still_saves_is_given_the_whole_grace_period(
+        self, start: Callable[..., AgentRun], hasty: dict[str, str]
+    ) -> None:
+        """The others have nothing to save, and are gone long before it."""
+        run = start(
+            "train",
+            train="""
+            stopped = []
+            signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+            print('ready')
+            wait_for(lambda: stopped)
+            if RANK == 0:
+                time.sleep(3)
+                raise JobError(FailureClass.TERMINATED, 'a checkpoint was saved')
+            raise JobError(FailureClass.TERMINATED, 'stopped')
+            """,
+            processes=2,
+            environment=hasty,
+        )
+        run.until(lambda: run.text().count("ready") == 2)
+        run.signal(signal.SIGTERM)
+        report = ended(run)
+        assert report.failure is not None
+        assert (report.failure.message, report.failure.rank) == ("a checkpoint was saved", 0)
+
     NEIGHBOUR = """
             def peer():
                 mine = os.getpid()

@@ -539,3 +539,38 @@ def save_big_model(folder: Path, config: dict[str, int]) -> None:
         if name != "lm_head.weight"
     ]
     write_model(((spec, torch.ones(spec.shape)) for spec in specs), specs, folder, max_shard_bytes=100_000_000)
+
+
+class TestTwoJobsWithOneOutput:
+    """Both found the folder free when they were prepared."""
+
+    def test_the_second_does_not_replace_the_first(self, train: Callable[..., Trained], inputs: Bucket) -> None:
+        uri = inputs.uri("out/shared-by-two")
+        first, second = (train(output={"uri": uri}, hyperparameters={"maxSteps": 1, "seed": n}).job for n in (1, 2))
+        first.run("export", 1, (1,))
+        before = manifest_of(first)
+        with pytest.raises(JobError) as caught:
+            second.run("export", 1, (1,))
+        assert caught.value.failure_class is FailureClass.OUTPUT_EXISTS
+        assert manifest_of(first) == before
+        for file in before.files:
+            assert hashlib.sha256(inputs.get(f"{first.output}/{file.path}")).hexdigest() == file.sha256
+
+    def test_files_that_another_export_wrote_meanwhile_are_not_published(
+        self, train: Callable[..., Trained], inputs: Bucket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = train(output={"uri": inputs.uri("out/mixed")}, hyperparameters={"maxSteps": 1}).job
+        original = S3Folder.upload
+
+        def upload(folder: S3Folder, path: Path, key: str, sha256: str | None = None) -> Any:
+            info = original(folder, path, key, sha256)
+            if key == "tokenizer.json":
+                # The weights were uploaded before it; the other job's have the same size.
+                inputs.put(f"{job.output}/model.safetensors", bytes(len(inputs.get(f"{job.output}/model.safetensors"))))
+            return info
+
+        monkeypatch.setattr(S3Folder, "upload", upload)
+        with pytest.raises(JobError, match="Does another job write to the folder") as caught:
+            job.run("export", 1, (1,))
+        assert caught.value.failure_class is FailureClass.STORAGE_UNAVAILABLE
+        assert f"{job.output}/manifest.json" not in inputs.keys(job.output)

@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from trainer_lab import Bucket, TestJob, as_json_lines, save_tiny_model, short_rows
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.report import Report
+from finetune_api.spec import Adapter, AdapterType, LoRA
 from finetune_trainer import layout
+from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.data import prepared
 from finetune_trainer.plan import TrainingPlan
 from finetune_trainer.stages.prepare import _held_out
+from finetune_trainer.storage.s3 import S3Folder
 
 MakeJob = Callable[..., TestJob]
 
@@ -117,16 +121,6 @@ def test_a_changed_source_gives_a_new_plan(make_job: MakeJob, inputs: Bucket) ->
     assert (before.data.train.rows, after.data.train.rows) == (10, 11)
     assert before.data.train.sha256 != after.data.train.sha256
     assert before.data.train_sources != after.data.train_sources
-
-
-def test_another_document_is_refused_by_later_stages(make_job: MakeJob) -> None:
-    job = make_job()
-    job.run("prepare")
-    changed = job.spec.model_copy(update={"hyperparameters": job.spec.hyperparameters.model_copy(update={"seed": 7})})
-    job.spec = changed
-    error = failure(job, "train")
-    assert error.failure_class is FailureClass.USER_ERROR
-    assert "belong to another specification. Create the job anew" in error.message
 
 
 def test_training_without_preparation(make_job: MakeJob) -> None:
@@ -505,3 +499,53 @@ def test_no_right_to_write_is_found_before_anything_is_read(make_job: MakeJob, m
     assert error.failure_class is FailureClass.ACCESS_DENIED
     assert "s3:PutObject" in error.message
     assert [request.method for request in proxy.requests] == ["PUT"]
+
+
+class TestAdaptable:
+    """What an adapter cannot be put on, or could not be merged into, is known before a GPU is taken."""
+
+    def test_a_target_that_the_model_does_not_have(self, make_job: MakeJob) -> None:
+        job = make_job(method={"adapter": {"type": "LoRA", "lora": {"targetModules": ["q_proj", "query"]}}})
+        error = failure(job)
+        assert error.failure_class is FailureClass.USER_ERROR
+        assert "lora.targetModules names query, which the model does not have" in error.message
+        assert "q_proj" in error.message
+
+    @pytest.mark.parametrize("adapter", ["LoRA", "QLoRA"])
+    def test_weights_that_are_stored_under_other_names(self, tiny_model: Path, adapter: str) -> None:
+        stored = {f"language_model.{name}" for name in load_file(tiny_model / "model.safetensors")}
+        asked = Adapter(type=AdapterType(adapter))
+        with pytest.raises(JobError, match=r"Set output\.artifacts to \[Adapter\]") as caught:
+            require_adaptable(tiny_model, asked, stored, merge=True)
+        assert caught.value.failure_class is FailureClass.MODEL_ERROR
+        require_adaptable(tiny_model, asked, stored, merge=False)
+
+    def test_a_layer_that_is_tied_to_another_has_no_weight_of_its_own(self, tmp_path: Path) -> None:
+        model = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+        stored = set(load_file(model / "model.safetensors"))
+        require_adaptable(model, Adapter(type=AdapterType.LORA), stored, merge=True)
+        head = Adapter(type=AdapterType.LORA, lora=LoRA(target_modules=["lm_head"]))
+        with pytest.raises(JobError, match="its layer lm_head"):
+            require_adaptable(model, head, stored, merge=True)
+
+
+def test_the_output_may_not_be_the_base_models_own_folder(make_job: MakeJob, inputs: Bucket) -> None:
+    job = make_job(output={"uri": f"{inputs.uri('model')}/"})
+    error = failure(job)
+    assert error.failure_class is FailureClass.USER_ERROR
+    assert "is the base model's own folder" in error.message
+
+
+def test_the_output_is_tried_when_the_work_files_are_elsewhere(
+    make_job: MakeJob, inputs: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(storage={"workURI": inputs.uri("scratch")})
+    original = S3Folder.write
+
+    def write(folder: S3Folder, key: str, data: bytes) -> None:
+        if folder.uri == job.spec.output.uri:
+            raise JobError(FailureClass.ACCESS_DENIED, "no")
+        original(folder, key, data)
+
+    monkeypatch.setattr(S3Folder, "write", write)
+    assert failure(job).failure_class is FailureClass.ACCESS_DENIED

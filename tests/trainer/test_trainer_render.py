@@ -12,6 +12,7 @@ import pytest
 import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import ByteLevel
 from transformers import GenerationConfig
 
 from finetune_api.failures import FailureClass, JobError
@@ -364,3 +365,14 @@ def test_the_templates_are_there() -> None:
     names = {path.stem for path in TEMPLATES}
     assert len(names) > 60
     assert {*REFUSED, *PREAMBLES, *NO_SYSTEM} <= names
+
+
+def test_tokens_without_a_place_are_learnt_with_their_neighbours(tokenizer: Any) -> None:
+    """With `trim_offsets`, as GPT-NeoX and RoBERTa tokenizers have it, a token of spaces has no width."""
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    answer = "1  2   3 - 4\n\n    five"
+    (row,) = rows_of(changed, conversation("Count.", answer))
+    encoded = changed(answer, return_offsets_mapping=True, add_special_tokens=False)
+    assert any(start == end for start, end in encoded["offset_mapping"]), "the test would prove nothing"
+    assert supervised(changed, row) == f"{answer}{STOP}"

@@ -21,8 +21,10 @@ from finetune_api.report import Outcome
 from finetune_api.status import CheckpointResult
 from finetune_trainer import bundle, checkpoints, models
 from finetune_trainer.checkpoints import CheckpointUploader, StoredCheckpoint, fetch_newest
+from finetune_trainer.plan import require_plan
 from finetune_trainer.reporting import Reporter
 from finetune_trainer.storage import Folder, open_folder
+from finetune_trainer.storage.base import BrokenObject
 
 MakeJob = Callable[..., TestJob]
 
@@ -337,3 +339,44 @@ class TestUploader:
         assert deleted[0].endswith("/manifest.json")
         assert len(deleted) == 3
         assert job.bucket.keys(f"{job.work}/{prefix}") == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "passed_over"),
+    [
+        (BrokenObject("other bytes"), True),
+        (JobError(FailureClass.NOT_FOUND, "deleted"), True),
+        (JobError(FailureClass.STORAGE_UNAVAILABLE, "slow down"), False),
+        (JobError(FailureClass.ACCESS_DENIED, "no"), False),
+    ],
+)
+def test_only_a_broken_checkpoint_is_passed_over(
+    trained: Callable[[str], Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: JobError,
+    passed_over: bool,
+) -> None:
+    """A storage that is down for a moment must not send training back to an older step, or to the first."""
+    job = trained("LoRA").job
+    document = job.document("train", 2, (1,))
+    work = open_folder(document.work_uri, document.storage)
+    sha256 = require_plan(document).data.train.sha256
+    newest = fetch_newest(work, document, sha256, tmp_path / "whole")
+    assert newest is not None
+    original = bundle.download
+
+    def download(folder: Folder, prefix: str, stored: bundle.Bundle, target: Path) -> None:
+        if prefix == newest.prefix:
+            raise problem
+        original(folder, prefix, stored, target)
+
+    monkeypatch.setattr(bundle, "download", download)
+    if passed_over:
+        found = fetch_newest(work, document, sha256, tmp_path / "older")
+        assert found is not None
+        assert found.step < newest.step
+    else:
+        with pytest.raises(JobError) as caught:
+            fetch_newest(work, document, sha256, tmp_path / "older")
+        assert caught.value is problem

@@ -12,17 +12,22 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from botocore.retries.standard import ExponentialBackoff
 from conftest import new_bucket
+from huggingface_hub.errors import LocalEntryNotFoundError
 from trainer_lab import Bucket
 from trainer_servers import Fault, MotoServer, Proxy, Request, S3rver, Server
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import FailureClass, JobError
-from finetune_trainer.storage import Folder, ObjectInfo, open_file, open_folder, s3
+from finetune_trainer.storage import Folder, ObjectInfo, hub, open_file, open_folder, s3
+from finetune_trainer.storage.s3 import S3Folder
 
 MIB = 1024 * 1024
 PART = 5 * MIB
@@ -493,3 +498,42 @@ class TestFiles:
         with pytest.raises(OSError, match="No space left"):
             folder.download(info, tmp_path / "y")
         assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("ExpiredToken", 400, FailureClass.STORAGE_UNAVAILABLE),
+        ("RequestExpired", 403, FailureClass.STORAGE_UNAVAILABLE),
+        ("NoSuchUpload", 404, FailureClass.STORAGE_UNAVAILABLE),
+        ("NoSuchKey", 404, FailureClass.NOT_FOUND),
+        ("InvalidAccessKeyId", 403, FailureClass.ACCESS_DENIED),
+    ],
+)
+def test_what_may_pass_is_tried_again(code: str, status: int, expected: FailureClass) -> None:
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(JobError) as caught, s3._errors("s3://bucket/key"):
+        raise ClientError(answer, "PutObject")
+    assert caught.value.failure_class is expected
+
+
+def test_a_head_that_cannot_say_why_is_asked_again_by_a_list(bucket: Bucket) -> None:
+    """The answer to HEAD has no body, so that an expired token looks like another region."""
+    folder = S3Folder(bucket.name, "", bucket.settings)
+
+    def head(**_: Any) -> Any:
+        raise ClientError({"Error": {"Code": "400"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "HeadObject")
+
+    def expired(**_: Any) -> Any:
+        raise ClientError({"Error": {"Code": "ExpiredToken"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "List")
+
+    folder._client = SimpleNamespace(head_object=head, list_objects_v2=expired)
+    with pytest.raises(JobError, match="the credentials have expired") as caught:
+        folder.stat("key")
+    assert caught.value.failure_class is FailureClass.STORAGE_UNAVAILABLE
+
+
+def test_a_hub_that_cannot_be_reached_is_not_a_missing_file() -> None:
+    with pytest.raises(JobError) as caught, hub._errors("hf://org/model/config.json"):
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
+    assert caught.value.failure_class is FailureClass.STORAGE_UNAVAILABLE

@@ -46,6 +46,36 @@ def adapter_of(trained: Trained) -> dict[str, torch.Tensor]:
     }
 
 
+def test_gpus_that_cannot_be_used_are_no_reason_to_train_on_the_cpu() -> None:
+    ALONE.require_gpus(0)
+    with pytest.raises(JobError, match="gpusPerNode is 2, but 0 GPUs are usable") as caught:
+        ALONE.require_gpus(2)
+    assert caught.value.failure_class is FailureClass.UNKNOWN
+
+
+def test_a_row_longer_than_a_batch_is_measured_in_parts(
+    train: Train, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = prepared.read_rows(train().job.disk("train").data / prepared.VALIDATION_FILE)
+    model = models.load_base(tiny_model, "F32", ALONE)
+    whole = evaluate.measure(model, rows, ALONE)
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 7)
+    assert evaluate.measure(model, rows, ALONE, 7) == whole
+
+
+def test_the_float_base_is_not_loaded_when_there_is_nothing_to_measure(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes four times the memory that QLoRA is asked for."""
+    monkeypatch.setattr(models, "load_base", None)
+    run = train(
+        method={"adapter": {"type": "QLoRA"}},
+        dataset={"validation": None, "validationSplit": "0"},
+        hyperparameters={"maxSteps": 1},
+    )
+    assert run.report.evaluation is None or run.report.evaluation.base is None
+
+
 class TestWhatMoves:
     @pytest.mark.parametrize("adapter", ADAPTERS)
     def test_the_loss_falls(self, trained: Callable[[str], Trained], adapter: str) -> None:

@@ -143,8 +143,10 @@ class Agent:
             failed = [child for child in self._ended if child.exit_code != 0]
             if failed and cause is None:
                 cause = failed[0]
-                self._signal(signal.SIGTERM)
-                kill_at = time.monotonic() + PEER_GRACE_SECONDS
+                # When all were asked to stop, the others have the whole grace period to save.
+                if not (self._terminating and self._class_said(cause) is FailureClass.TERMINATED):
+                    self._signal(signal.SIGTERM)
+                    kill_at = time.monotonic() + PEER_GRACE_SECONDS
             if not stalled and cause is None and step == "train" and self._is_stalled():
                 stalled = True
                 log.error("no step for %d s; stacks follow", self._document.stall_seconds)
@@ -230,6 +232,9 @@ class Agent:
     def _root_of(self, first: Child) -> Child:
         """The process to blame: the first that failed, unless it failed because another one was gone. That one may take
         longer to end than its peers take to notice."""
+        if self._class_said(first) is FailureClass.TERMINATED:
+            # All were stopped; the main process knows what was saved.
+            return min((child for child in self._ended if self._class_said(child)), key=lambda child: child.rank)
         consequences = (None, FailureClass.COMMUNICATION, FailureClass.TERMINATED)
         if self._class_said(first) is not FailureClass.COMMUNICATION:
             return first
@@ -248,11 +253,11 @@ class Agent:
 
     def _cause_of(self, child: Child) -> ReportedFailure:
         """Why the process failed: what it said itself, else what its end shows."""
-        if self._terminating and (child.exit_code == -signal.SIGTERM or child.exit_code == 143):
-            return self._terminated("before it could save a checkpoint")
         said = self._said(child)
         if said is not None:
             return self._failure(said.failure_class, said.message, rank=child.rank)
+        if self._terminating and (child.exit_code == -signal.SIGTERM or child.exit_code == 143):
+            return self._terminated("before it could save a checkpoint")
         code = child.exit_code or 0
         if code == -signal.SIGKILL:
             if _oom_kills() > self._oom_kills:

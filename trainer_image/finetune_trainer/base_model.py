@@ -10,16 +10,17 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from finetune_api.base import ApiModel
-from finetune_api.document import canonical_json
+from finetune_api.document import StorageSettings, canonical_json
 from finetune_api.failures import FailureClass, JobError
-from finetune_trainer.storage import Folder, ObjectInfo
+from finetune_api.uri import HubLocation, parse
+from finetune_trainer.storage import Folder, ObjectInfo, open_folder
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -91,6 +92,19 @@ class ModelPin(ApiModel):
                 f"The base model at {self.uri} changed while the job ran (revision {self.revision[:12]} became "
                 f"{current.revision[:12]}). Create the job anew, and do not write to the folder meanwhile.",
             )
+
+
+def open_pinned(pin: ModelPin, storage: StorageSettings) -> BaseModel:
+    """The model as it was pinned: on the hub at the pinned commit, whatever the branch names by now.
+
+    Raises:
+        JobError: ModelChanged.
+    """
+    location = parse(pin.uri)
+    uri = str(replace(location, revision=pin.revision)) if isinstance(location, HubLocation) else pin.uri
+    model = BaseModel(open_folder(uri, storage))
+    pin.require_unchanged(model.pin)
+    return model
 
 
 class BaseModel:

@@ -16,6 +16,7 @@ from finetune_api.base import ApiModel
 from finetune_api.failures import FailureClass, JobError
 from finetune_trainer.layout import MANIFEST
 from finetune_trainer.storage import Folder
+from finetune_trainer.storage.base import BrokenObject
 from finetune_trainer.storage.s3 import sha256_file
 
 
@@ -69,7 +70,7 @@ def download(folder: Folder, prefix: str, bundle: Bundle, target: Path) -> None:
             raise JobError(FailureClass.NOT_FOUND, f"{folder.uri}/{key} was deleted while it was needed.")
         folder.download(info, target / file.path)
         if sha256_file(target / file.path) != file.sha256:
-            raise JobError(FailureClass.STORAGE_UNAVAILABLE, f"{folder.uri}/{key} is not what its manifest says.")
+            raise BrokenObject(f"{folder.uri}/{key} is not what its manifest says.")
 
 
 def delete(folder: Folder, prefix: str) -> None:

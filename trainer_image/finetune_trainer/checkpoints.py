@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.document import JobDocument
-from finetune_api.failures import JobError
+from finetune_api.failures import FailureClass, JobError
 from finetune_api.status import CheckpointResult
 from finetune_trainer import bundle, layout
 from finetune_trainer.reporting import Reporter, now
 from finetune_trainer.storage import Folder
+from finetune_trainer.storage.base import BrokenObject
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ def fetch_newest(work: Folder, document: JobDocument, data_sha256: str, target: 
                     bundle.download(work, checkpoint.prefix, stored, target)
                     return checkpoint
                 except JobError as error:
+                    if not isinstance(error, BrokenObject) and error.failure_class is not FailureClass.NOT_FOUND:
+                        # The storage's trouble, not the checkpoint's: another attempt may read it.
+                        raise
                     problem = error.message
         log.warning("checkpoint %s/%s is not used: %s", work.uri, checkpoint.prefix, problem)
         shutil.rmtree(target, ignore_errors=True)
@@ -82,6 +86,11 @@ class CheckpointUploader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
         self._running: Future[None] | None = None
         self._stored = sorted(checkpoint.step for checkpoint in find(work, [document.attempt]))
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest checkpoint of this attempt that is stored."""
+        return self._stored[-1] if self._stored else None
 
     def submit(self, folder: Path, step: int, save_seconds: float) -> None:
         """Upload the checkpoint in `folder` and remove it from the disk. Waits for the upload before it, so that at

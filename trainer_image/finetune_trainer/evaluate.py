@@ -16,7 +16,7 @@ from finetune_api.status import Measurement
 from finetune_trainer.data.render import IGNORED
 from finetune_trainer.world import World
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Padded tokens that are computed at once."""
 
 
@@ -74,15 +74,18 @@ def collate(batch: list[dict[str, list[int]]], device: torch.device) -> tuple[to
     return ids.to(device), mask.to(device), labels.to(device)
 
 
-def supervised_logits(model: Any, batch: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def supervised_logits(
+    model: Any, batch: list[dict[str, list[int]]], part: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits where something is learnt: (logits, targets, row numbers), with one entry per supervised token.
 
     Only those positions go through the output head: the logits of whole rows would be the largest tensor by far.
+    `part` takes some of the positions only.
     """
     ids, mask, labels = collate(batch, _input_device(model))
     # Position p predicts token p + 1.
     targets = labels[:, 1:]
-    positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    positions = (targets != IGNORED).any(dim=0).nonzero().flatten()[part]
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
     kept = targets[:, positions]
     rows, columns = (kept != IGNORED).nonzero(as_tuple=True)
@@ -90,9 +93,18 @@ def supervised_logits(model: Any, batch: list[dict[str, list[int]]]) -> tuple[to
 
 
 def _sums(model: Any, batch: list[dict[str, list[int]]]) -> tuple[float, int]:
-    logits, targets, _ = supervised_logits(model, batch)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    return float(losses.double().sum()), targets.numel()
+    """Sum of the losses, and their number. Of rows that are longer than a batch may be, the logits are computed in
+    parts, each with a forward pass of its own: all at once they could be larger than what training itself needs."""
+    total, tokens = 0.0, 0
+    at_once = max(1, BATCH_TOKENS // len(batch))
+    for start in range(0, max(len(row["input_ids"]) for row in batch), at_once):
+        logits, targets, _ = supervised_logits(model, batch, slice(start, start + at_once))
+        if not targets.numel():
+            break
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        total += float(losses.double().sum())
+        tokens += targets.numel()
+    return total, tokens
 
 
 def _input_device(model: Any) -> torch.device:

@@ -63,8 +63,9 @@ def run_step(name: str, document: JobDocument) -> int:
     rank = int(os.environ.get("RANK", "0"))
     reporter = Reporter(document, disk.run) if rank == 0 else None
     try:
-        _call(name, document, disk, reporter)
+        _KEPT.append(_call(name, document, disk, reporter))
     except BaseException as error:
+        _KEPT.append(error)
         failure_class, message = classify(error)
         if isinstance(error, JobError):
             logging.error("%s: %s", failure_class, message)
@@ -77,13 +78,25 @@ def run_step(name: str, document: JobDocument) -> int:
     return 0
 
 
-def _call(name: str, document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None:
+_KEPT: list[object] = []
+"""What must not be freed before the process ends: torch's process groups can wait for themselves for ever when they go
+(the destructor of a gloo group joins threads that need the lock it holds)."""
+
+
+def leave(code: int) -> None:
+    """End the process without tearing anything down."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _call(name: str, document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> object:
     # Imported here: torch takes seconds, and not every step needs it.
     if name == "train":
         from finetune_trainer.stages import train
 
-        train.run(document, disk, reporter)
-        return
+        return train.run(document, disk, reporter)
     if reporter is None:
         raise JobError(FailureClass.USER_ERROR, f"The step {name} runs in one process only.")
     if name == "prepare":
@@ -98,6 +111,7 @@ def _call(name: str, document: JobDocument, disk: PodDisk, reporter: Reporter | 
         from finetune_trainer.stages import export
 
         export.run(document, disk, reporter)
+    return None
 
 
 def _quiet_libraries() -> None:
@@ -119,4 +133,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

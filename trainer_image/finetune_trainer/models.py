@@ -34,6 +34,14 @@ def activation_checkpointing(spec: FineTuneJobSpec, world: World) -> bool:
     return world.device.type == "cuda" if asked is Switch.AUTO else asked is Switch.ENABLED
 
 
+def fits(parameters: int, compute: str, world: World) -> bool:
+    """Whether that many weights leave a GPU some room to compute in. On CPU the pod's memory is made to fit."""
+    if world.device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(world.device)
+    return 1.1 * parameters * TORCH_DTYPES[compute].itemsize + (2 << 30) <= free
+
+
 def load_base(folder: Path, compute: str, world: World) -> Any:
     """The base model in the number format of the computation."""
     return _load(folder, dtype=TORCH_DTYPES[compute], device_map={"": world.device})

@@ -81,7 +81,9 @@ def load_plan(document: JobDocument) -> TrainingPlan | None:
 def require_plan(document: JobDocument) -> TrainingPlan:
     """
     Raises:
-        JobError: NotFound, when there is no plan; UserError, when it belongs to another specification.
+        JobError: NotFound, when there is no plan.
+
+    It is this job's: the folder of work files holds its uid, and its specification cannot change.
     """
     plan = load_plan(document)
     if plan is None:
@@ -89,10 +91,6 @@ def require_plan(document: JobDocument) -> TrainingPlan:
             FailureClass.NOT_FOUND,
             f"{document.work_uri}/{layout.PLAN} does not exist: the prepare stage has not finished, or its files were "
             "deleted. Create the job anew.",
-        )
-    if plan.document_digest != document.digest:
-        raise JobError(
-            FailureClass.USER_ERROR, "The prepared data belong to another specification. Create the job anew."
         )
     return plan
 

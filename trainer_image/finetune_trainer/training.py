@@ -129,6 +129,8 @@ def arguments(
         packing=False,
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
+        # While one process saves, the others wait in a collective. Hangs are the agent's to find.
+        ddp_timeout=24 * 3600,
     )
 
 
@@ -216,8 +218,13 @@ class LoopCallback(TrainerCallback):
         self._last_save = time.monotonic()
         if self._uploader:
             assert args.output_dir is not None
+            assert self._reporter is not None
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self._uploader.submit(folder, state.global_step, time.monotonic() - self._save_started)
+            seconds = time.monotonic() - self._save_started
+            # A slow upload of the one before is no hang.
+            self._reporter.phase("Saving")
+            self._uploader.submit(folder, state.global_step, seconds)
+            self._reporter.phase("Training")
 
     def on_log(
         self,

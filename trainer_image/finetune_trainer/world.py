@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from finetune_api.failures import FailureClass, JobError
+
 
 @dataclass(frozen=True)
 class World:
@@ -30,6 +32,20 @@ class World:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def require_gpus(self, asked: int) -> None:
+        """
+        Raises:
+            JobError: when the pod was given GPUs and torch cannot use them. Training on the CPU instead would hold them
+                for nothing.
+        """
+        usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if usable < asked:
+            raise JobError(
+                FailureClass.UNKNOWN,
+                f"resources.gpusPerNode is {asked}, but {usable} GPUs are usable with torch {torch.__version__}. Check "
+                "the driver of the node and resources.gpuResourceName, or set gpusPerNode to 0 to train on CPU.",
+            )
 
     def sum(self, *values: float) -> list[float]:
         """Add up numbers over all processes, in double precision."""

@@ -17,7 +17,8 @@ TRAIN_FILE = "train.arrow"
 VALIDATION_FILE = "validation.arrow"
 
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
-BATCH_ROWS = 1000
+BATCH_TOKENS = 1 << 20
+"""Rows are collected up to so many tokens: Python's lists of them take a hundred times the bytes of the file."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SetSummary:
 
 def write_rows(rows: Iterable[TokenRow], path: Path) -> SetSummary:
     """Write a set. The hash covers ids and labels of all rows in order, whatever the file format does."""
-    count = tokens = supervised = longest = 0
+    count = tokens = flushed = supervised = longest = 0
     digest = hashlib.sha256()
     batch: list[TokenRow] = []
 
@@ -52,8 +53,9 @@ def write_rows(rows: Iterable[TokenRow], path: Path) -> SetSummary:
             digest.update(array("i", row.input_ids).tobytes())
             digest.update(array("i", row.labels).tobytes())
             batch.append(row)
-            if len(batch) == BATCH_ROWS:
+            if tokens - flushed >= BATCH_TOKENS:
                 flush()
+                flushed = tokens
         if batch or not count:
             flush()
     return SetSummary(count, tokens, supervised, longest, digest.hexdigest())

@@ -142,6 +142,8 @@ class Renderer:
         labels = [IGNORED] * len(ids)
         for span in spans:
             inside = [i for i, (start, end) in enumerate(offsets) if span.start <= start < span.end and end > start]
+            # Some tokenizers give a token of spaces no width, and so no place: it lies between those that have one.
+            inside = list(range(inside[0], inside[-1] + 1)) if inside else []
             stop = self._stop(text, ids, offsets, inside)
             if stop is None:
                 raise JobError(

@@ -19,7 +19,7 @@ from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import AdapterType, Artifact, OnExisting
 from finetune_api.status import ArtifactResult, EvaluationResult, Verification
 from finetune_trainer import bundle, card, layout, models, probe
-from finetune_trainer.base_model import CONFIG, SMALL_FILES, BaseModel
+from finetune_trainer.base_model import CONFIG, SMALL_FILES, BaseModel, open_pinned
 from finetune_trainer.bundle import Bundle
 from finetune_trainer.layout import MANIFEST, PodDisk
 from finetune_trainer.manifest import (
@@ -64,8 +64,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
         report_published(output, published, reporter)
         return
     reporter.phase("Downloading")
-    base = BaseModel(open_folder(document.spec.model.uri, document.storage))
-    plan.model.require_unchanged(base.pin)
+    base = open_pinned(plan.model, document.storage)
     trained = _fetch_trained(document, work, disk.final)
     result = read_result(disk.final)
     evaluation = EvaluationResult.model_validate(result["evaluation"])
@@ -174,7 +173,7 @@ def _verify(disk: PodDisk) -> Verification:
         raise JobError(
             FailureClass.VERIFICATION_FAILED,
             f"The merged model is not the trained one: mean KL {mean:.2e} nats on the probe rows, allowed are "
-            f"{probe.MAX_MEAN_KL:.0e}. Nothing was published. Try output.dtype: F32, and report this.",
+            f"{probe.MAX_MEAN_KL:.0e}. Nothing was published. This is a defect: report it with the log of this stage.",
         )
     return Verification(mean_kl=f"{max(mean, 0.0):.2e}", max_kl=f"{max(highest, 0.0):.2e}", positions=len(trained))
 

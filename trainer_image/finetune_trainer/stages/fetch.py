@@ -9,7 +9,7 @@ import logging
 
 from finetune_api.document import JobDocument
 from finetune_trainer import layout
-from finetune_trainer.base_model import BaseModel
+from finetune_trainer.base_model import open_pinned
 from finetune_trainer.checkpoints import fetch_newest
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.plan import TrainingPlan, fetch_prepared, require_plan
@@ -30,8 +30,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
         reporter.update(already_published=True)
         return
     plan = require_plan(document)
-    model = BaseModel(open_folder(document.spec.model.uri, document.storage))
-    plan.model.require_unchanged(model.pin)
+    model = open_pinned(plan.model, document.storage)
     fetch_prepared(work, plan, disk.data)
     checkpoint = fetch_newest(work, document, plan.data.train.sha256, disk.checkpoint)
     model.download(disk.base)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
-from finetune_api.spec import AdapterType, DataFile, Dataset, OutputDtype
+from finetune_api.spec import AdapterType, Artifact, DataFile, Dataset, OutputDtype
 from finetune_api.status import DatasetResult
 from finetune_trainer import layout
+from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import prepared
 from finetune_trainer.data.formats import RowFormat, row_format
@@ -52,6 +53,10 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
         # Else the work files are below the output.
         _probe_writing(output, OUTPUT_PROBE)
     model = BaseModel(open_folder(spec.model.uri, document.storage))
+    if model.folder.uri == output.uri:
+        raise JobError(
+            FailureClass.USER_ERROR, f"output.uri is the base model's own folder, {output.uri}. Choose another folder."
+        )
     model.require_trainable()
     train_sources = _sources(spec.dataset.train, document)
     validation_sources = _sources(spec.dataset.validation or [], document)
@@ -120,11 +125,16 @@ def _prepare(
     spec = document.spec
     reporter.phase("Downloading")
     model.download(disk.base, SMALL_FILES)
+    renderer = _renderer(disk.base, model, spec.dataset)
+    full = spec.method.adapter.type is AdapterType.FULL
+    artifacts = spec.output.artifacts or ([Artifact.MERGED] if full else [Artifact.MERGED, Artifact.ADAPTER])
+    if not full:
+        stored = {tensor.name for tensor in model.tensors}
+        require_adaptable(disk.base, spec.method.adapter, stored, merge=Artifact.MERGED in artifacts)
     train_files = _download(train_sources, disk.data / "train", document)
     validation_files = _download(validation_sources, disk.data / "validation", document)
 
     reporter.phase("Tokenizing")
-    renderer = _renderer(disk.base, model, spec.dataset)
     rows = _Rows(spec.dataset, renderer)
     train_path, validation_path = disk.data / TRAIN_FILE, disk.data / VALIDATION_FILE
     if validation_sources:
@@ -143,7 +153,6 @@ def _prepare(
 
     reporter.phase("Uploading")
     steps_per_epoch = ceil(train.rows / spec.hyperparameters.batch_size)
-    full = spec.method.adapter.type is AdapterType.FULL
     plan = TrainingPlan(
         document_digest=document.digest,
         model=model.pin,
@@ -163,7 +172,7 @@ def _prepare(
         stop_ids=renderer.stop_ids,
         total_steps=spec.hyperparameters.max_steps or steps_per_epoch * (spec.hyperparameters.epochs or 3),
         learning_rate=spec.hyperparameters.learning_rate or ("2e-5" if full else "2e-4"),
-        artifacts=[str(item) for item in spec.output.artifacts or (["Merged"] if full else ["Merged", "Adapter"])],
+        artifacts=[str(item) for item in artifacts],
         dtype=model.dtype if spec.output.dtype is OutputDtype.AUTO else str(spec.output.dtype),
     )
     # The plan is written last: who finds it finds all that it names.

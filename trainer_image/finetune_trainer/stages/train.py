@@ -45,8 +45,11 @@ RESULT_FILE = "result.json"
 HISTORY_FILE = "history.jsonl"
 
 
-def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None:
-    """`reporter` is that of the main process; the others have none."""
+def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> training.Trainer | None:
+    """Train, and return what holds the process group; None when there was nothing to do.
+
+    `reporter` is that of the main process; the others have none.
+    """
     stop = StopSignal()
     stop.install()
     world = World.from_environment()
@@ -55,8 +58,9 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None
     work = open_folder(document.work_uri, document.storage)
     if bundle.read(work, layout.final_prefix(document.attempt)) is not None:
         log.info("this attempt has finished before; there is nothing to do")
-        return
+        return None
 
+    world.require_gpus(spec.resources.gpus_per_node)
     compute = models.precision(spec, world)
     checkpointing = models.activation_checkpointing(spec, world)
     micro_batch = training.micro_batch(spec, world)
@@ -85,9 +89,14 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None
 
     base = _BaseMeasurement(document, work, world, reporter)
     quantizes = spec.method.adapter.type is AdapterType.QLORA
-    if quantizes and base.missing:
-        # The float base is measured on its own, and its memory given back, before the 4-bit one is loaded.
-        base.measure_float(models.load_base(disk.base, compute, world), validation_rows)
+    if quantizes and base.missing and len(validation_rows):
+        # The float base is measured on its own, and its memory given back, before the 4-bit one is loaded. Where there
+        # is no room for it, and QLoRA may be asked for just because of that, only the 4-bit one is measured.
+        (too_large,) = world.any(not models.fits(plan.parameters, compute, world))
+        if too_large:
+            log.warning("the base in %s does not fit into the GPU; only the base in 4 bits is measured", compute)
+        else:
+            base.measure_float(models.load_base(disk.base, compute, world), validation_rows)
     stop.check()
     set_seed(spec.hyperparameters.seed)
     model = models.load_for_training(disk.base, spec, compute, world)
@@ -110,11 +119,14 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None
     try:
         training.train(trainer, resume, callback)
     finally:
-        if uploader:
+        if uploader and reporter:
+            reporter.phase("Saving")
             uploader.close()
     # `train` returns normally after an early stop: only the step count tells.
-    if trainer.state.global_step < plan.total_steps:
-        raise training.stopped(f"after step {trainer.state.global_step} of {plan.total_steps}; a checkpoint was saved")
+    step = trainer.state.global_step
+    if step < plan.total_steps:
+        saved = "a checkpoint was saved" if uploader and uploader.newest == step else "it could not be saved"
+        raise training.stopped(f"after step {step} of {plan.total_steps}" + (f"; {saved}" if uploader else ""))
 
     if reporter:
         reporter.phase("Evaluating")
@@ -129,6 +141,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> None
         reporter.phase("Done")
     world.barrier()
     trainer.end()
+    return trainer
 
 
 class _BaseMeasurement:
@@ -202,7 +215,8 @@ class _Handover:
         final = self._disk.final
         shutil.rmtree(final, ignore_errors=True)
         (final / PROBE).mkdir(parents=True)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        # Without the wrapper that computes in mixed precision.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         rows = probe.choose(train, validation, self._document.spec.hyperparameters.seed)
         probe.store(final / PROBE, rows, probe.log_probs(model, rows))
         if self._document.spec.method.adapter.type is AdapterType.FULL:

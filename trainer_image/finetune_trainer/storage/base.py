@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from finetune_api.failures import FailureClass, JobError
+
+
+class BrokenObject(JobError):
+    """What is stored is not what was written. Reading it again may help, if it broke on the way."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(FailureClass.STORAGE_UNAVAILABLE, message)
+
 
 @dataclass(frozen=True, order=True)
 class ObjectInfo:

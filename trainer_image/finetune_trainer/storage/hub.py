@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -100,6 +101,9 @@ class HubFolder:
 def _errors(name: str) -> Iterator[None]:
     try:
         yield
+    except LocalEntryNotFoundError as error:
+        # A FileNotFoundError too, but it says that there was no connection.
+        raise _unreachable(name, error) from error
     except GatedRepoError as error:
         raise JobError(
             FailureClass.ACCESS_DENIED,
@@ -121,7 +125,11 @@ def _errors(name: str) -> Iterator[None]:
             ) from error
         raise JobError(FailureClass.STORAGE_UNAVAILABLE, f"{name}: the hub answered {status}.") from error
     except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
-        raise JobError(
-            FailureClass.STORAGE_UNAVAILABLE,
-            f"{name}: the hub cannot be reached ({type(error).__name__}). Copy the files to S3, or check the network.",
-        ) from error
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> JobError:
+    return JobError(
+        FailureClass.STORAGE_UNAVAILABLE,
+        f"{name}: the hub cannot be reached ({type(error).__name__}). Copy the files to S3, or check the network.",
+    )

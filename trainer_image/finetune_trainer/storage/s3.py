@@ -34,7 +34,7 @@ from urllib3.exceptions import HTTPError
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import FailureClass, JobError
-from finetune_trainer.storage.base import ObjectInfo
+from finetune_trainer.storage.base import BrokenObject, ObjectInfo
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -159,9 +159,7 @@ class S3Folder:
         expected = head.get("Metadata", {}).get(_META_SHA256)
         if expected and sha256_file(partial) != expected:
             partial.unlink()
-            raise JobError(
-                FailureClass.STORAGE_UNAVAILABLE, f"{self._name(info.key)} arrived with other bytes than were stored."
-            )
+            raise BrokenObject(f"{self._name(info.key)} arrived with other bytes than were stored.")
         partial.replace(path)
 
     def write(self, key: str, data: bytes) -> None:
@@ -333,6 +331,9 @@ def _client_error(error: ClientError, name: str, writing: bool) -> JobError:
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "PreconditionFailed" or status == 412:
         return _changed(name)
+    if code == "NoSuchUpload":
+        # The answer to an upload's completion was lost, and its repetition finds it complete; or somebody aborted it.
+        return JobError(FailureClass.STORAGE_UNAVAILABLE, f"{name}: the upload was ended by somebody else.")
     if code in _MISSING or status == 404:
         what = "bucket" if code == "NoSuchBucket" else "object"
         return JobError(FailureClass.NOT_FOUND, f"{name}: the {what} does not exist. Correct the URI, or create it.")
