@@ -38,6 +38,15 @@ STAGE_CONDITION = {
     Stage.TRAIN: ConditionType.RUNNING,
     Stage.EXPORT: ConditionType.EXPORTED,
 }
+_NEEDS_SOMEBODY = {
+    Reason.NAME_CONFLICT,
+    Reason.PODS_REFUSED,
+    Reason.UNSCHEDULABLE,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.CONTAINER_CONFIG_ERROR,
+    Reason.NODE_LOST,
+}
+"""What a job waits for that does not come by itself, so that an event says it too."""
 _IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"}
 
@@ -231,7 +240,7 @@ class _Stage:
                 if self.seen.refusals:
                     reason, message = Reason.PODS_REFUSED, _refused(child.name, self.seen.refusals[0])
         elif pod.waiting is not None:
-            reason, message = _waiting_reason(pod)
+            reason, message = _waiting_reason(pod, self.stage)
         self._say(status, reason, message)
         return self._plan(running=False, look_again=WAITING_LOOK_SECONDS, needs_refusals_of=needs)
 
@@ -296,6 +305,9 @@ class _Stage:
     # Helpers
 
     def _say(self, status: str, reason: Reason, message: str) -> None:
+        before = self.draft.condition(STAGE_CONDITION[self.stage])
+        if reason in _NEEDS_SOMEBODY and (before is None or before.reason != reason):
+            self.draft.note(reason, message, warning=True)
         self.draft.set_condition(STAGE_CONDITION[self.stage], status, reason, message)
 
     def _plan(
@@ -317,7 +329,7 @@ def _refused(name: str, why: str) -> str:
     )
 
 
-def _waiting_reason(pod: ChildPod) -> tuple[Reason, str]:
+def _waiting_reason(pod: ChildPod, stage: Stage) -> tuple[Reason, str]:
     assert pod.waiting is not None
     told = f"{pod.waiting.reason}: {pod.waiting.message}" if pod.waiting.message else pod.waiting.reason
     if pod.waiting.reason in _IMAGE_REASONS:
@@ -329,7 +341,8 @@ def _waiting_reason(pod: ChildPod) -> tuple[Reason, str]:
             f"Pod {pod.name} cannot start ({told}). Create what it names, for example the Secret of storage.secretRef."
         )
     if pod.waiting.reason == "Unschedulable":
+        field = "resources" if stage is Stage.TRAIN else f"stages.{stage}"
         return Reason.UNSCHEDULABLE, (
-            f"No node can take pod {pod.name} ({pod.waiting.message}). Lower spec.resources, or add nodes."
+            f"No node can take pod {pod.name} ({pod.waiting.message}). Lower spec.{field}, or add nodes."
         )
     return Reason.WAITING_FOR_POD, f"Waiting for pod {pod.name} to start ({told})."

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import aiohttp
+
 from finetune_api import API_VERSION, KIND
 from finetune_api.names import LABEL_JOB_UID, MANAGER
 from finetune_api.report import Report
@@ -108,9 +110,10 @@ class Reconciler:
         if obstacle is not None:
             planned = plan(job, replace(seen, **obstacle), self._settings, self._clock())
         await self._write_status(job, planned)
+        # At once: the next look will see a status in which nothing has changed.
+        self._metrics.observe(job, planned.status)
         for note in planned.notes:
             await self._record(job, note)
-        self._metrics.observe(job, planned.status)
         return planned.look_again
 
     # Looking
@@ -208,6 +211,6 @@ class Reconciler:
         }
         try:
             await self._kube.create(EVENTS, job.namespace, event)
-        except ApiError as error:
-            if error.status != 409:
+        except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as error:
+            if not isinstance(error, ApiError) or error.status != 409:
                 log.warning("%s/%s: event %s was not recorded: %s", job.namespace, job.name, note.reason, error)

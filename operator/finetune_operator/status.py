@@ -168,7 +168,7 @@ class Draft:
                 restart_time=format_time(self.now + timedelta(seconds=pause)),
             )
             self.note(
-                failure_class, f"{stage} attempt {attempt}: {message} It is started again in {pause} s.", warning=True
+                failure_class, f"{stage} attempt {attempt}: {message} It is started again {_in(pause)}.", warning=True
             )
         else:
             charged = restarts.charged + 1
@@ -179,7 +179,7 @@ class Draft:
             )
             self.note(
                 failure_class,
-                f"{stage} attempt {attempt}: {message} Restart {charged} of {allowed} in {pause} s.",
+                f"{stage} attempt {attempt}: {message} Restart {charged} of {allowed} {_in(pause)}.",
                 warning=True,
             )
 
@@ -316,6 +316,10 @@ def _progress(step: StepProgress, now: datetime) -> Progress:
         eta=None if remaining is None else format_duration(remaining),
         last_updated_time=format_time(now),
     )
+
+
+def _in(seconds: int) -> str:
+    return f"in {seconds} s" if seconds else "at once"
 
 
 def _cut(text: str, length: int) -> str:

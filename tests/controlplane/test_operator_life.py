@@ -15,7 +15,7 @@ from operator_process import OperatorProcess
 from scripted import ScriptedKubelet, agent
 
 from finetune_api.failures import FailureClass, exit_code_of
-from finetune_api.names import LABEL_JOB_NAME
+from finetune_api.names import LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_api.report import Outcome, ReportedFailure, StepProgress
 from finetune_api.status import ArtifactResult, CheckpointResult
 
@@ -186,7 +186,8 @@ def test_delete_and_create_again_at_once_starts_over(
 
     def again() -> dict[str, Any] | None:
         pod = kubelet.pod("prepare")
-        return pod if kubelet.document(pod)["job"]["uid"] == uid else None
+        # By the label: the ConfigMap of the old pod may be gone before the pod is.
+        return pod if pod["metadata"]["labels"][LABEL_JOB_UID] == uid else None
 
     kubelet.run(eventually(again, 60))
     job.until(phase="Preparing")
@@ -410,8 +411,8 @@ def test_health_and_metrics(job: Job, kubelet: ScriptedKubelet, operator: Operat
     job.create()
     kubelet.run(kubelet.pod("prepare"))
     job.until(phase="Preparing")
+    eventually(lambda: re.search(r'finetune_jobs\{namespace="[^"]+",phase="Preparing"\} 1.0', operator.get("/metrics")))
     text = operator.get("/metrics")
-    assert re.search(r'finetune_jobs\{namespace="[^"]+",phase="Preparing"\} 1.0', text)
     assert 'finetune_operator_reconcile_total{result="success"}' in text
     assert "finetune_operator_build_info" in text
     assert operator.get("/readyz") == "ok\n"

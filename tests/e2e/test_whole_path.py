@@ -118,6 +118,9 @@ class TestCommands:
         assert any(line.split()[:2] == [NAME, "Succeeded"] for line in listed.splitlines())
         assert NAME in up.finetune("list", "--phase", "Succeeded").stdout
         assert NAME not in up.finetune("list", "--phase", "Running").stdout
+        for arguments in (["-n", "default", "list"], ["list", "-n", "default"]):
+            assert NAME in up.finetune(*arguments).stdout
+        assert NAME not in up.finetune("list", "-n", "elsewhere").stdout
         shown = up.finetune("get", NAME).stdout
         assert f"s3://models/out/{NAME}/manifest.json" in shown
         assert json.loads(up.finetune("get", NAME, "-o", "json").stdout)["metadata"]["name"] == NAME

@@ -519,6 +519,17 @@ class TestWaiting:
         story.look(create_error='jobs.batch "bot-prepare-1" is forbidden: exceeded quota')
         assert story.condition("Validated") == ("False", "PodsRefused")
 
+    def test_what_needs_somebody_is_an_event_too_and_only_one(self) -> None:
+        story = Story()
+        conditions = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}]
+        story.look()
+        for expected in (["Unschedulable"], [], []):
+            planned = story.look([child_job(PREPARE)], [child_pod(PREPARE, conditions=conditions)])
+            assert [note.reason for note in planned.notes] == expected
+            assert all(note.warning for note in planned.notes)
+        (message,) = [c["message"] for c in story.body["status"]["conditions"] if c["type"] == "Validated"]
+        assert "Lower spec.stages.prepare, or add nodes" in message
+
     def test_a_node_that_does_not_answer_is_named(self) -> None:
         story = Story()
         story.prepared()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import aiohttp
@@ -110,7 +111,15 @@ def main(context: click.Context, /, kubeconfig: str | None, kube_context: str | 
     context.obj = Target(kubeconfig, kube_context, namespace)
 
 
-pass_target = click.make_pass_decorator(Target)
+def pass_target(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the target, whose namespace may be named behind the command too, as people type it."""
+
+    def with_target(target: Target, /, *args: Any, own_namespace: str | None, **options: Any) -> None:
+        command(replace(target, namespace=own_namespace or target.namespace), *args, **options)
+
+    functools.update_wrapper(with_target, command)
+    option = click.option("-n", "--namespace", "own_namespace", help="Namespace; the context's own by default.")
+    return option(click.make_pass_decorator(Target)(with_target))
 
 
 @main.command("validate")

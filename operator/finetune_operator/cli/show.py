@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Restarts
 from finetune_operator.resource import FineTuneJob, parse_time
 from finetune_operator.status import format_duration
 
@@ -72,7 +72,7 @@ def live(job: FineTuneJob, width: int = 40) -> RenderableType:
     status = job.status
     headline = Text.assemble((job.name, "bold"), "  ", phase_text(status.phase))
     if status.restarts and (status.restarts.charged or status.restarts.preemptions):
-        headline.append(f"  {status.restarts.charged} restarts, {status.restarts.preemptions} preemptions", "yellow")
+        headline.append(f"  {_restarts(status.restarts)}", "yellow")
     progress = status.progress
     if progress is None:
         return Group(headline, Text(what_it_does(status), style="dim"))
@@ -137,7 +137,7 @@ def summary(job: FineTuneJob) -> Text:
     if status.checkpoint:
         facts.append(("Checkpoint", f"step {status.checkpoint.step}: {status.checkpoint.uri}"))
     if status.restarts and (status.restarts.charged or status.restarts.preemptions):
-        facts.append(("Restarts", f"{status.restarts.charged} charged, {status.restarts.preemptions} preemptions"))
+        facts.append(("Restarts", _restarts(status.restarts)))
     if status.verification:
         facts.append(("Verified", f"mean KL {status.verification.mean_kl} nats from the trained model"))
     for artifact in status.artifacts:
@@ -151,6 +151,13 @@ def summary(job: FineTuneJob) -> Text:
             facts.append(("Log", failure.log_uri))
     lines = (Text.assemble((f"{label:<12}", "bold"), value) for label, value in facts)
     return Text("\n").join(lines)
+
+
+def _restarts(restarts: Restarts) -> str:
+    def count(number: int, word: str) -> str:
+        return f"{number} {word}{'' if number == 1 else 's'}"
+
+    return f"{count(restarts.charged, 'restart')} after failures, {count(restarts.preemptions, 'preemption')}"
 
 
 def format_size(size: int) -> str:

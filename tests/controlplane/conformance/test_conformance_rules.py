@@ -43,7 +43,7 @@ def test_defaults_are_stored(client: Client, tunes: str) -> None:
         "type": "SFT",
         "adapter": {"type": "QLoRA", "lora": {"rank": 16, "alpha": 32, "dropout": "0"}},
     }
-    assert spec["failurePolicy"] == {"maxRestarts": 3, "backoffSeconds": 10}
+    assert spec["failurePolicy"] == {"maxRestarts": 3, "backoffSeconds": 30}
     # A default is filled in only where its parent is there.
     assert "quantization" not in spec["method"]["adapter"]
     assert "columns" not in spec["dataset"]
@@ -210,6 +210,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         "spec",
         {"method": {"adapter": {"type": "Full"}}, "output": {"uri": "s3://models/out", "artifacts": ["Adapter"]}},
     ),
+    ("spec", {"model": {"uri": "s3://models/same"}, "output": {"uri": "s3://models/same"}}),
     ("spec", {"resources": {"gpusPerNode": 3}}),
     ("spec", {"hyperparameters": {"batchSize": 4, "microBatchSize": 3}}),
     ("spec.hyperparameters", {"hyperparameters": {"epochs": 1, "maxSteps": 2}}),
@@ -220,6 +221,16 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.output.uri", {"output": {"uri": "hf://models/out"}}),
     ("spec.output.uri", {"output": {"uri": "s3://models"}}),
     ("spec.storage.endpoint", {"storage": {"endpoint": "minio:9000"}}),
+    ("spec.storage.endpoint", {"storage": {"endpoint": "https://key:secret@minio:9000"}}),
+    (
+        "spec.scheduling.tolerations[0]",
+        {"scheduling": {"tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]}},
+    ),
+    ("spec.scheduling.tolerations[0]", {"scheduling": {"tolerations": [{"value": "yes"}]}}),
+    (
+        "spec.scheduling.tolerations[0]",
+        {"scheduling": {"tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}]}},
+    ),
     ("spec.storage.workURI", {"storage": {"workURI": "ftp://x"}}),
     ("spec.storage.workURI", {"storage": {"workURI": "s3://work"}}),
 ]

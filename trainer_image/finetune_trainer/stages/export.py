@@ -155,6 +155,8 @@ def _write_adapter(source: Path, target: Path, plan: TrainingPlan) -> None:
     shutil.copytree(source, target)
     config = json.loads((target / "adapter_config.json").read_text())
     # peft noted the folder on the pod's disk; a reader wants to know the model.
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()  # peft keeps a set; equal runs shall have equal files
     config["base_model_name_or_path"] = plan.model.uri.removeprefix("hf://")
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
