@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import manifest, program
@@ -110,20 +111,29 @@ def test_a_job_that_fails_ends_with_1(state: Path) -> None:
     assert "ModelError in prepare attempt 1" in done.stdout
 
 
-def test_ctrl_c_ends_a_run_in_order(state: Path) -> None:
-    command = [*FINETUNE, "local", "run", "-", "--state", str(state)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(spec("stopped", 400))
-    process.stdin.close()
-    for line in process.stdout:
-        if line.startswith("Running"):
-            break
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
+def heed_ctrl_c() -> None:
+    """A shell that starts the tests in the background lets all below it ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_leaves_nothing_behind(state: Path, number: signal.Signals, code: int) -> None:
+    command = [*FINETUNE, "local", "run", "--replace", "-", "--state", str(state)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_ctrl_c) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(spec("stopped", 400))
+        process.stdin.close()
+        for line in process.stdout:
+            if line.startswith("Running"):
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("finetune_operator.main" in " ".join(child.cmdline()) for child in children)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        assert "Traceback" not in process.stderr.read()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []
     assert not (state / "stack.json").exists()

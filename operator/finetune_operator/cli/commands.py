@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,6 +74,10 @@ def run(work: Awaitable[int]) -> None:
     """Run an asynchronous command and exit with its code."""
 
     async def main() -> int:
+        # Stopped politely, it puts away what it has started, as after Ctrl-C.
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         return await work
 
     try:
@@ -88,6 +93,8 @@ def run(work: Awaitable[int]) -> None:
         sys.exit(EXIT_CLUSTER)
     except KeyboardInterrupt:
         sys.exit(130)
+    except asyncio.CancelledError:
+        sys.exit(143)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
