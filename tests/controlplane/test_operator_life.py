@@ -148,8 +148,9 @@ def test_a_job_goes_through_its_stages_to_complete(
         "Exported": "True",
         "Complete": "True",
     }
-    reasons = [reason for _, reason in eventually(lambda: len(job.events()) >= 5 and job.events())]
-    assert sorted(reasons) == sorted(["StageStarted"] * 3 + ["FirstStep", "TrainingComplete"])
+    expected = sorted(["StageStarted"] * 3 + ["FirstStep", "TrainingComplete"])
+    # A real scheduler finds no node for these pods, which is a warning.
+    eventually(lambda: sorted(reason for kind, reason in job.events() if kind == "Normal") == expected)
 
 
 def test_nothing_of_kopf_is_left_on_any_object(job: Job, kubelet: ScriptedKubelet, operator: OperatorProcess) -> None:
