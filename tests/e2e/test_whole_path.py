@@ -210,11 +210,16 @@ def test_prometheus_has_the_loss_curve(up: LocalUp, tmp_path: Path) -> None:
 
     try:
         eventually(lambda: query("up"), "Prometheus starts")
-        steps = {"maxSteps": 200, "batchSize": 4, "learningRate": "0.005"}
+        steps = {"maxSteps": 400, "batchSize": 4, "learningRate": "0.005"}
         up.apply(manifest("scraped", hyperparameters=steps))
-        up.until("scraped", lambda status: status.get("progress", {}).get("currentStep", 0) > 0, "the first step")
-        address = up.kubectl("get", "pod", up.pod("scraped", "train"), "-o", "jsonpath={.status.podIP}")
+        # Before the first step: Prometheus takes some seconds to take up a new target.
+        pod = ["get", "pods", "-l", "finetune.dev/job-name=scraped,finetune.dev/stage=train"]
+        address = eventually(
+            lambda: up.kubectl(*pod, "-o", "jsonpath={.items[*].status.podIP}"), "the train pod starts"
+        )
         targets.write_text(json.dumps([{"targets": [f"{address}:9464"], "labels": {"job_name": "scraped"}}]))
+        eventually(lambda: query('up{job_name="scraped"} == 1'), "Prometheus scrapes the train pod")
+        up.until("scraped", lambda status: status.get("progress", {}).get("currentStep", 0) > 0, "the first step")
         for url in (up.description["metrics_url"], f"http://{address}:9464/metrics"):
             with urllib.request.urlopen(url, timeout=5) as answer:
                 text = answer.read()
