@@ -335,7 +335,7 @@ class Hyperparameters(ApiModel):
     batch_size: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Rows in one optimiser step over all GPUs. It stays the same whatever fits into memory at once."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Rows that one GPU computes at once. Absent: the largest size up to 8 that fits, found before the first step."""
+    """Rows that one GPU computes at once. Absent: the largest number up to 8 that divides its share of batchSize."""
     weight_decay: Decimal = "0"
     """AdamW weight decay, as a decimal string."""
     max_grad_norm: Decimal = "1"
