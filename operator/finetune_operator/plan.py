@@ -68,7 +68,8 @@ def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime)
     """Decide what should be, from what was asked and what was seen."""
     draft = Draft(job, now)
     if job.deleting or job.status_problem:
-        # The garbage collector removes the children of a deleted job.
+        # The garbage collector removes the children of a deleted job. Of one whose status says what this operator does
+        # not understand, nothing is known.
         return Plan(job.status)
     if draft.terminal:
         return Plan(draft.status)
@@ -145,7 +146,7 @@ class _Stage:
         if self.seen.conflict is not None:
             return self._blocked(self.seen.conflict)
         if self.seen.create_invalid:
-            message = f"The cluster cannot make the pod that spec asks for: {self.seen.create_error}. Correct the spec."
+            message = f"The cluster cannot make what spec asks for: {self.seen.create_error}. Create the job anew."
             self.draft.fail(_invalid(message, self.now, self.stage))
             return self._plan(running=False)
         if self.seen.create_error:

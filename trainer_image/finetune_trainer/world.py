@@ -26,10 +26,6 @@ class World:
         )
 
     @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 

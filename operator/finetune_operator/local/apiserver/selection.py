@@ -44,11 +44,6 @@ def _requirement(term: str) -> Callable[[Mapping[str, str]], bool]:
     raise bad_request(f"unable to parse requirement: {term.strip()!r} is not KEY, !KEY, KEY=VALUE or KEY in (VALUES)")
 
 
-def match_labels(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether labels satisfy the `matchLabels` of a selector object, such as a Job's."""
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
-
-
 def field_predicate(resource: Resource, selector: str) -> Predicate:
     """Compile `metadata.name=a,status.phase!=Running`."""
     requirements: list[tuple[str, bool, str]] = []
