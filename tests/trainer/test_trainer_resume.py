@@ -116,7 +116,8 @@ def all_killed(job: TestJob) -> None:
     assert f"{job.work}/train/2/checkpoints/10/optimizer.pt" in job.bucket.keys(job.work)
     # What the pod leaves behind: the report of its last moment.
     assert run.report.outcome is Outcome.RUNNING
-    assert run.report.phase == "Training"
+    # The steps after 10 went on beside the halted upload; the last of them may wait for it.
+    assert run.report.phase in ("Training", "Saving")
     assert run.report.progress is not None
     assert run.report.progress.step >= 8
 
