@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-_ACRONYMS = {"uri": "URI", "uid": "UID", "kl": "KL"}
+_ACRONYMS = {"uri": "URI", "uid": "UID", "kl": "KL", "gpu": "GPU"}
 
 
 def camel_case(name: str) -> str:

@@ -20,6 +20,9 @@ from finetune_api.spec import FineTuneJobSpec
 RESULT_FIELDS = ("model", "dataset", "method", "hyperparameters", "output")
 
 
+DEFAULT_MICRO_BATCH = 8
+
+
 class JobIdentity(ApiModel):
     """The FineTuneJob that the document belongs to."""
 
@@ -56,10 +59,24 @@ class JobDocument(ApiModel):
     trainer_image: str = ""
     stall_seconds: Annotated[int, Field(ge=1)] = 1800
     """Training that makes no step for so long is ended as NoProgress."""
+    micro_batch_limit: Annotated[int, Field(ge=1)] | None = None
+    """The GPU ran out of memory with more rows at once."""
 
     @property
     def digest(self) -> str:
         return spec_digest(self.spec)
+
+    @property
+    def micro_batch_size(self) -> int:
+        return micro_batch_size(self.spec, self.processes, self.micro_batch_limit)
+
+
+def micro_batch_size(spec: FineTuneJobSpec, processes: int, limit: int | None = None) -> int:
+    """Rows that one process computes at once: the largest divisor of its share of the batch that is not above what was
+    asked for, eight when nothing was, nor above the limit."""
+    share = spec.hyperparameters.batch_size // processes
+    most = min(spec.hyperparameters.micro_batch_size or DEFAULT_MICRO_BATCH, limit or share, share)
+    return max(size for size in range(1, most + 1) if share % size == 0)
 
 
 def spec_digest(spec: FineTuneJobSpec) -> str:

@@ -38,8 +38,11 @@ class FailureClass(StrEnum):
     VERIFICATION_FAILED = "VerificationFailed"
     TERMINATED = "Terminated"
     PREEMPTED = "Preempted"
+    NODE_LOST = "NodeLost"
     KILLED = "Killed"
     UNKNOWN = "Unknown"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"
 
 
 class _Rule(NamedTuple):
@@ -111,12 +114,28 @@ RULES: dict[FailureClass, _Rule] = {
     FailureClass.PREEMPTED: _Rule(
         None, Disposition.RESTART_FREE, "The cluster took the pod away (preemption, drain, eviction or node loss)."
     ),
+    FailureClass.NODE_LOST: _Rule(
+        None, Disposition.RESTART_FREE, "The node of the pod does not answer any more; the attempt is taken for lost."
+    ),
+    FailureClass.DEADLINE_EXCEEDED: _Rule(
+        None, Disposition.FAIL, "The job ran as long as it may. Raise activeDeadlineSeconds, or train fewer steps."
+    ),
+    FailureClass.PRE_RUNNING_DEADLINE_EXCEEDED: _Rule(
+        None, Disposition.FAIL, "No pod came to run in time. Raise preRunningDeadlineSeconds, or make room."
+    ),
     FailureClass.KILLED: _Rule(
         None,
         Disposition.RESTART,
         "The container was killed; most often it was out of memory. Raise the memory of this stage if it repeats.",
     ),
 }
+
+RULED_CLASSES = [
+    name.value
+    for name in FailureClass
+    if name not in (FailureClass.DEADLINE_EXCEEDED, FailureClass.PRE_RUNNING_DEADLINE_EXCEEDED)
+]
+"""Classes that failurePolicy.rules may name: those that an attempt can end with."""
 
 _BY_EXIT_CODE = {rule.exit_code: name for name, rule in RULES.items() if rule.exit_code is not None}
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, Decimal, Fraction, ObjectName, Quantity, cel, validations
+from finetune_api.failures import RULED_CLASSES, FailureClass
 
 MAX_NAME_LENGTH = 40
 """Child and host names are made from the job's name: `<name>-prepare-<n>` must fit 63 characters with a pod suffix."""
@@ -50,6 +51,11 @@ class DataFormat(StrEnum):
 class RowPolicy(StrEnum):
     FAIL = "Fail"
     SKIP = "Skip"
+
+
+class FailureAction(StrEnum):
+    FAIL = "Fail"
+    RESTART = "Restart"
 
 
 class Switch(StrEnum):
@@ -463,15 +469,35 @@ class Scheduling(ApiModel):
     """Taints that the pod tolerates."""
 
 
+class FailureRule(ApiModel):
+    """What follows from one class of failure, instead of what is usual."""
+
+    failure_class: Annotated[FailureClass, Field(alias="class", json_schema_extra={"enum": RULED_CLASSES})]
+    """Class of failure, as status.failure names it."""
+    action: FailureAction
+    """Fail ends the job at once. Restart tries again and counts towards maxRestarts."""
+
+
 class FailurePolicy(ApiModel):
-    """What happens after a failure that another try may mend. Errors in the spec, the data, the model or the access
-    rights fail at once; preemptions restart for free."""
+    """What happens after a failure. What another try may mend is tried again; errors in the spec, the data, the model
+    or the access rights fail at once; preemptions restart for free."""
 
     max_restarts: Annotated[int, Field(ge=0, le=100)] = 3
     """How many failed attempts are tried again, over all stages."""
     backoff_seconds: Annotated[int, Field(ge=0, le=3600)] = 30
-    """Pause before the first restart. It doubles with each further one, up to ten minutes. After a preemption there is
-    a pause only when the attempt had not saved a checkpoint of its own."""
+    """Pause before the first restart, give or take a fifth. It doubles with each further one, up to ten minutes. After
+    a preemption there is a pause only when the attempt had not saved a checkpoint of its own."""
+    no_progress_seconds: Annotated[int, Field(ge=30, le=604_800)] | None = None
+    """Training that makes no step for so long is ended and started again from its checkpoint. Absent: the operator's
+    setting, half an hour unless it was changed."""
+    rules: Annotated[
+        list[FailureRule],
+        Field(
+            max_length=len(RULED_CLASSES),
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["class"]},
+        ),
+    ] = []
+    """What follows from single classes of failure, instead of what is usual."""
 
 
 class SecretReference(ApiModel):
@@ -511,19 +537,10 @@ class Storage(ApiModel):
     """Folder of the work files (prepared rows, checkpoints, logs). Absent: .finetune/ below output.uri."""
 
 
-_IMMUTABLE = (
-    "model",
-    "dataset",
-    "method",
-    "hyperparameters",
-    "evaluation",
-    "checkpoint",
-    "output",
-    "resources",
-    "stages",
-    "scheduling",
-    "storage",
-)
+_NEVER = ("model", "dataset", "method", "hyperparameters", "evaluation", "output")
+"""What decides the result, and where it is."""
+_WHILE_SUSPENDED = ("checkpoint", "resources", "stages", "scheduling", "storage")
+"""What an attempt is started with. All other fields may change at any time."""
 
 
 class FineTuneJobSpec(ApiModel):
@@ -556,7 +573,20 @@ class FineTuneJobSpec(ApiModel):
                 f"self.{field} == oldSelf.{field}",
                 f"{field} cannot be changed after the job was created: delete the job and create it anew",
             )
-            for field in _IMMUTABLE
+            for field in _NEVER
+        ),
+        *(
+            (
+                f"self.{field} == oldSelf.{field} || oldSelf.suspend",
+                f"{field} can be changed only while the job is suspended: set suspend to true first",
+            )
+            for field in _WHILE_SUSPENDED
+        ),
+        (
+            "has(self.storage.workURI) == has(oldSelf.storage.workURI) && "
+            "(!has(self.storage.workURI) || self.storage.workURI == oldSelf.storage.workURI)",
+            "storage.workURI cannot be changed after the job was created, because its checkpoints are there: delete "
+            "the job and create it anew",
         ),
     )
 
@@ -581,6 +611,20 @@ class FineTuneJobSpec(ApiModel):
     scheduling: Scheduling = Scheduling()
     """Where train pods may run."""
     failure_policy: FailurePolicy = FailurePolicy()
-    """What happens after a failure that another try may mend. May be changed while the job runs."""
+    """What happens after a failure."""
+    suspend: bool = False
+    """Stop the job and keep its state: a running pod is told to stop, and has checkpoint.gracePeriodSeconds to save.
+    Set back to false, the job goes on from its newest checkpoint. Suspended time counts towards no limit."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """Longest time that pods of this job may run, over all stages and attempts. Waiting, pauses and suspended time do
+    not count. A job that reaches it fails, and its running pod has time to save."""
+    pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=31_536_000)] | None = None
+    """Longest time that an attempt may wait for its pod to run: for quota, for a node, for its image. A job that
+    reaches it fails. Suspended time does not count."""
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = None
+    """The job is deleted so long after it ended; what it published stays. Absent: it is kept. Do not set it where
+    manifests are applied again by themselves: the job would be created and checked anew."""
+    ttl_seconds_after_failed: Annotated[int, Field(ge=0, le=315_360_000)] | None = None
+    """The same for a job that failed, instead of ttlSecondsAfterFinished."""
     storage: Storage = Storage()
     """How the job's pods reach S3 and the model hub."""

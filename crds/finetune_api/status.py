@@ -14,10 +14,16 @@ from pydantic import Field, StringConstraints
 from finetune_api.base import ApiModel
 from finetune_api.names import Stage
 
-MAX_MESSAGE = 1024
+MAX_MESSAGE = 768
 """Characters of a condition's message; `failure.message` may be longer, and the log has it all."""
 
+MAX_HISTORY = 10
+"""Attempts that status.history keeps."""
+MAX_PAST_MESSAGE = 120
+"""Characters of a failure's message there."""
+
 _Short = Annotated[str, StringConstraints(max_length=256)]
+_Name = Annotated[str, StringConstraints(max_length=63)]
 _Sentence = Annotated[str, StringConstraints(max_length=2048)]
 _Uri = Annotated[str, StringConstraints(max_length=1024)]
 _Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
@@ -33,6 +39,8 @@ class Phase(StrEnum):
     RUNNING = "Running"
     RESTARTING = "Restarting"
     EXPORTING = "Exporting"
+    QUEUED = "Queued"
+    SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 
@@ -48,6 +56,8 @@ class ConditionType(StrEnum):
     """The operator can read the progress from the train pod."""
     EXPORTED = "Exported"
     """The model is merged, verified and published."""
+    SUSPENDED = "Suspended"
+    """spec.suspend is true and no pod of the job is left."""
     COMPLETE = "Complete"
     """Terminal: the tuned model is published."""
     FAILED = "Failed"
@@ -75,7 +85,7 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict"
     PODS_REFUSED = "PodsRefused"
     UNSCHEDULABLE = "Unschedulable"
-    NODE_LOST = "NodeLost"
+    QUEUED = "Queued"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_CONFIG_ERROR = "ContainerConfigError"
     # Checkpointed
@@ -88,6 +98,11 @@ class Reason(StrEnum):
     EXPORTING = "Exporting"
     PUBLISHED = "Published"
     ALREADY_PUBLISHED = "AlreadyPublished"
+    # Suspended; a stage that was stopped says Suspended too
+    SUSPENDING = "Suspending"
+    SUSPENDED = "Suspended"
+    SUSPENDED_BY_USER = "SuspendedByUser"
+    RESUMED = "Resumed"
     # Complete
     TRAINING_COMPLETE = "TrainingComplete"
     # events only
@@ -114,6 +129,15 @@ class Condition(ApiModel):
     """One sentence for people; it names a remedy where there is one."""
 
 
+class AttemptOutcome(StrEnum):
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    PREEMPTED = "Preempted"
+    """The cluster took its pod away."""
+    SUSPENDED = "Suspended"
+    """It was told to stop by spec.suspend."""
+
+
 class Attempt(ApiModel):
     """The attempt that runs, or ran last."""
 
@@ -125,8 +149,57 @@ class Attempt(ApiModel):
     """The Kubernetes Job that carries it."""
     start_time: _Time | None = None
     """When its pod started to run."""
+    end_time: _Time | None = None
+    """When it ended."""
+    outcome: AttemptOutcome | None = None
+    """How it ended; absent while it goes on."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs that it holds while it runs."""
     resumed_from_step: Annotated[int, Field(ge=0)] | None = None
     """Step of the checkpoint it started from; 0 is a start from the base model."""
+
+
+class PastAttempt(ApiModel):
+    """An attempt that has ended."""
+
+    stage: Stage
+    """Stage it belonged to."""
+    number: Annotated[int, Field(ge=1)]
+    """Counts from 1 in each stage."""
+    outcome: AttemptOutcome
+    """How it ended."""
+    failure_class: str | None = Field(None, alias="class", max_length=64)
+    """Kind of failure."""
+    message: Annotated[str, StringConstraints(max_length=MAX_PAST_MESSAGE)] | None = None
+    """The beginning of the failure's message."""
+    start_time: _Time | None = None
+    """When its pod started to run; absent when none did."""
+    end_time: _Time
+    """When it ended."""
+    from_step: Annotated[int, Field(ge=0)] | None = None
+    """Step of the checkpoint it started from."""
+    to_step: Annotated[int, Field(ge=0)] | None = None
+    """Last step that it is known to have made."""
+    exit_code: int | None = None
+    """Exit code of the container."""
+    rank: Annotated[int, Field(ge=0)] | None = None
+    """Process that failed first."""
+    pod: _Name | None = None
+    """Pod that failed."""
+    node: _Name | None = None
+    """Node it ran on."""
+
+
+class Usage(ApiModel):
+    """What the attempts that have ended took."""
+
+    active_seconds: Annotated[int, Field(ge=0)] = 0
+    """Time in which pods of the job ran; activeDeadlineSeconds bounds it."""
+    gpu_seconds: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] = 0
+    """GPUs times the seconds they were held."""
+    wasted_gpu_seconds: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] = 0
+    """Those of them in which no step was made that the result has: loading, measuring and saving, and steps that were
+    lost with their pod."""
 
 
 class Restarts(ApiModel):
@@ -136,6 +209,8 @@ class Restarts(ApiModel):
     """Restarts after a failure; bounded by failurePolicy.maxRestarts."""
     preemptions: Annotated[int, Field(ge=0)] = 0
     """Restarts after a preemption, drain, eviction or node loss; free."""
+    out_of_memory: Annotated[int, Field(ge=0)] = 0
+    """Charged restarts after the GPU ran out of memory, each with half the micro-batch."""
 
 
 class Progress(ApiModel):
@@ -157,6 +232,8 @@ class Progress(ApiModel):
     """Input tokens per second, of this attempt."""
     trained_tokens: Annotated[int, Field(ge=0)] | None = None
     """Input tokens learnt from, over all attempts."""
+    step_seconds: _Decimal | None = None
+    """Median duration of this attempt's steps."""
     estimated_remaining_seconds: Annotated[int, Field(ge=0)] | None = None
     """Time to the last step, from this attempt's own speed."""
     eta: Annotated[str, StringConstraints(max_length=16)] | None = None
@@ -325,7 +402,8 @@ class FineTuneJobStatus(ApiModel):
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = []
-    """Validated, Running, Checkpointed, ProgressAvailable, Exported, and the terminal pair Complete and Failed."""
+    """Validated, Running, Checkpointed, ProgressAvailable, Exported, Suspended, and the terminal pair Complete and
+    Failed."""
     start_time: _Time | None = None
     """When the first pod ran."""
     completion_time: _Time | None = None
@@ -338,6 +416,12 @@ class FineTuneJobStatus(ApiModel):
     """How often the work had to be started again."""
     restart_time: _Time | None = None
     """Not before this time the next attempt starts."""
+    micro_batch_limit: Annotated[int, Field(ge=1)] | None = None
+    """Rows that one GPU may compute at once, after it ran out of memory with more."""
+    usage: Usage | None = None
+    """What the attempts that have ended took."""
+    history: Annotated[list[PastAttempt], Field(max_length=MAX_HISTORY)] = []
+    """The last attempts that have ended, oldest first."""
     progress: Progress | None = None
     """How far training is."""
     dataset: DatasetResult | None = None

@@ -122,7 +122,8 @@ def build_document(
         processes=max(1, spec.resources.gpus_per_node),
         earlier_attempts=earlier,
         trainer_image=settings.trainer_image,
-        stall_seconds=settings.stall_seconds,
+        stall_seconds=spec.failure_policy.no_progress_seconds or settings.stall_seconds,
+        micro_batch_limit=job.status.micro_batch_limit,
     )
 
 

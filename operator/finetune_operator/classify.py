@@ -8,7 +8,7 @@ What a report or a pod status adds is detail, and never changes what happens nex
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune_api.failures import FailureClass, class_of_exit_code
 from finetune_operator.observe import ChildJob
@@ -23,10 +23,20 @@ class Cause:
     exit_code: int | None = None
     pod: str = ""
     """Name of the pod, without its namespace."""
+    message: str = ""
+    """What is known beyond the class's own sentence."""
 
 
 def cause_of(job: ChildJob) -> Cause:
-    """The cause that the condition of a failed Job states."""
+    """The cause of a failed Job, from what outlives its pods."""
+    cause = _stated(job)
+    if job.suspended and cause.failure_class in (FailureClass.TERMINATED, FailureClass.KILLED):
+        # A queue took the pod away by suspending the Job; what the pod then exits with is not its own doing.
+        return replace(cause, failure_class=FailureClass.PREEMPTED)
+    return cause
+
+
+def _stated(job: ChildJob) -> Cause:
     if job.reason == "PodFailurePolicy":
         if match := _DISRUPTED.search(job.message):
             return Cause(FailureClass.PREEMPTED, pod=_name(match["pod"]))

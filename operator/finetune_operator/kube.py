@@ -112,10 +112,15 @@ class Kube:
     async def create(self, kind: Kind, namespace: str, body: dict[str, Any], **query: str) -> dict[str, Any]:
         return await self._request("POST", kind, kind.path(namespace), query=query, body=body)
 
-    async def delete(self, kind: Kind, namespace: str, name: str) -> None:
-        """Delete an object, and its children after it; one that is gone already is fine."""
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, uid: str | None = None, version: str | None = None
+    ) -> None:
+        """Delete an object, and its children after it; one that is gone already is fine. With a uid and a
+        resourceVersion only if it is still as it was seen, else the error is 409."""
+        seen = {key: value for key, value in (("uid", uid), ("resourceVersion", version)) if value}
+        body: dict[str, Any] = {"propagationPolicy": "Background"} | ({"preconditions": seen} if seen else {})
         try:
-            await self._request("DELETE", kind, kind.path(namespace, name), body={"propagationPolicy": "Background"})
+            await self._request("DELETE", kind, kind.path(namespace, name), body=body)
         except ApiError as error:
             if error.status != 404:
                 raise

@@ -32,6 +32,19 @@ class ChildJob:
     reason: str = ""
     """Of the condition that decided."""
     message: str = ""
+    ended: datetime | None = None
+    """When the outcome was decided."""
+    started: datetime | None = None
+    """When the Job controller took it up, some time before its pod runs."""
+    suspended: bool = False
+    """Somebody, a queue for example, keeps it from having pods."""
+    uid: str = ""
+    resource_version: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """It has no pods and will have none."""
+        return self.outcome in (Outcome.FAILED, Outcome.COMPLETE)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class ChildPod:
     """When it is being deleted: the end of its grace period."""
     started: datetime | None
     """When its container began to run."""
+    ended: datetime | None
+    """When its container ended."""
     running: bool
     waiting: Waiting | None
     exit_code: int | None
@@ -96,8 +111,11 @@ class Observation:
 
     def pod(self, stage: Stage, attempt: int) -> ChildPod | None:
         """The newest pod of an attempt; one that still can run before one that cannot."""
-        pods = [pod for pod in self.pods if (pod.stage, pod.attempt) == (stage, attempt)]
+        pods = self.pods_of(stage, attempt)
         return next((pod for pod in pods if not pod.finished), pods[-1] if pods else None)
+
+    def pods_of(self, stage: Stage, attempt: int) -> tuple[ChildPod, ...]:
+        return tuple(pod for pod in self.pods if (pod.stage, pod.attempt) == (stage, attempt))
 
     def newest_attempt(self, stage: Stage) -> int:
         return max((job.attempt for job in self.jobs if job.stage is stage), default=0)
@@ -127,10 +145,11 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
     position = _position(metadata)
     if position is None:
         return None
-    outcome, reason, message = Outcome.RUNNING, "", ""
+    outcome, reason, message, ended = Outcome.RUNNING, "", "", ""
+    status = item.get("status") or {}
     conditions = {
         condition["type"]: condition
-        for condition in (item.get("status") or {}).get("conditions") or []
+        for condition in status.get("conditions") or []
         if condition.get("status") == "True"
     }
     # Failed comes after FailureTarget, when the pods are gone; both carry the same words.
@@ -143,6 +162,8 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
             outcome = found
             reason = conditions[kind].get("reason") or ""
             message = conditions[kind].get("message") or ""
+            # The first one that decided: waiting for the pods to go is no part of the attempt.
+            ended = ended or conditions[kind].get("lastTransitionTime") or ""
     return ChildJob(
         name=metadata["name"],
         stage=position[0],
@@ -152,6 +173,11 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
         outcome=outcome,
         reason=reason,
         message=message,
+        ended=parse_time(ended) if ended else None,
+        started=parse_time(status["startTime"]) if status.get("startTime") else None,
+        suspended=bool((item.get("spec") or {}).get("suspend")),
+        uid=metadata.get("uid") or "",
+        resource_version=metadata.get("resourceVersion") or "",
     )
 
 
@@ -176,6 +202,7 @@ def _read_pod(item: dict[str, Any]) -> ChildPod | None:
         finished=status.get("phase") in ("Succeeded", "Failed"),
         delete_by=parse_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         started=parse_time(started) if started else None,
+        ended=parse_time(ended["finishedAt"]) if ended and ended.get("finishedAt") else None,
         running=running is not None,
         waiting=_waiting(status, state),
         exit_code=ended.get("exitCode") if ended else None,

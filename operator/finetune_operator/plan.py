@@ -17,11 +17,11 @@ from finetune_api.failures import FailureClass
 from finetune_api.names import Stage, child_name
 from finetune_api.report import Report
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import ConditionType, Failure, FineTuneJobStatus, Reason
-from finetune_operator import children
+from finetune_api.status import AttemptOutcome, ConditionType, Failure, FineTuneJobStatus, Reason
+from finetune_operator import children, waiting
 from finetune_operator.classify import Cause, cause_of
 from finetune_operator.config import Settings
-from finetune_operator.observe import ChildJob, ChildPod, Conflict, Observation, Outcome
+from finetune_operator.observe import ChildJob, ChildPod, Observation, Outcome
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
 from finetune_operator.status import Draft, Note
 
@@ -38,17 +38,8 @@ STAGE_CONDITION = {
     Stage.TRAIN: ConditionType.RUNNING,
     Stage.EXPORT: ConditionType.EXPORTED,
 }
-_NEEDS_SOMEBODY = {
-    Reason.NAME_CONFLICT,
-    Reason.PODS_REFUSED,
-    Reason.UNSCHEDULABLE,
-    Reason.IMAGE_PULL_FAILED,
-    Reason.CONTAINER_CONFIG_ERROR,
-    Reason.NODE_LOST,
-}
-"""What a job waits for that does not come by itself, so that an event says it too."""
-_IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
-_CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"}
+_STOPPED = (FailureClass.TERMINATED, FailureClass.KILLED, FailureClass.PREEMPTED, FailureClass.NODE_LOST)
+"""How a pod ends that was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,10 @@ class Plan:
     status: FineTuneJobStatus
     create: tuple[dict[str, Any], ...] = ()
     """Children that should exist, in order."""
+    delete: tuple[ChildJob, ...] = ()
+    """Children that should go, if they are still as they were seen. The status has said why since an earlier look."""
+    expired: bool = False
+    """The job itself should go: it has been over for as long as it was to be kept."""
     notes: tuple[Note, ...] = ()
     """Events, once the status is written."""
     look_again: float | None = None
@@ -72,7 +67,7 @@ def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime)
         # not understand, nothing is known.
         return Plan(job.status)
     if draft.terminal:
-        return Plan(draft.status)
+        return _after_the_end(draft, seen, now)
     if job.spec_problem and job.status.attempt is not None:
         # It was readable when it was started, so that this operator is older than its API. A newer one goes on.
         return Plan(job.status)
@@ -83,6 +78,21 @@ def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime)
         return Plan(draft.status, notes=tuple(draft.notes))
     stage = next((stage for stage in Stage if not draft.finished(stage)), Stage.EXPORT)
     return _Stage(stage, draft, job.spec, seen, settings, now).advance()
+
+
+def _after_the_end(draft: Draft, seen: Observation, now: datetime) -> Plan:
+    """Nothing may run any more, and the job may have a time to live."""
+    delete = tuple(child for child in seen.jobs if not child.finished and not child.deleting)
+    spec, ended = draft.job.spec, draft.status.completion_time
+    ttl = None
+    if spec is not None:
+        ttl = spec.ttl_seconds_after_finished
+        if draft.is_true(ConditionType.FAILED) and spec.ttl_seconds_after_failed is not None:
+            ttl = spec.ttl_seconds_after_failed
+    if ttl is None or ended is None:
+        return Plan(draft.status, delete=delete)
+    left = ttl - (now - parse_time(ended)).total_seconds()
+    return Plan(draft.status, delete=delete, expired=left <= 0, look_again=left if left > 0 else None)
 
 
 def _impossible(spec: FineTuneJobSpec | None, settings: Settings) -> str:
@@ -98,13 +108,17 @@ def _impossible(spec: FineTuneJobSpec | None, settings: Settings) -> str:
 
 
 def _invalid(problem: str, now: datetime, stage: Stage = Stage.PREPARE) -> Failure:
+    return _final(FailureClass.USER_ERROR, problem, now, stage, 0)
+
+
+def _final(failure_class: FailureClass, message: str, now: datetime, stage: Stage, attempt: int) -> Failure:
     return Failure.model_validate(
         {
-            "class": FailureClass.USER_ERROR.value,
-            "message": problem,
+            "class": failure_class.value,
+            "message": message,
             "disposition": "Terminal",
             "stage": stage.value,
-            "attempt": 0,
+            "attempt": attempt,
             "time": format_time(now),
         }
     )
@@ -130,52 +144,153 @@ class _Stage:
         if self.draft.attempt_number(self.stage) != attempt:
             # The Job was created, and the operator died before it could say so.
             self.draft.start(self.stage, attempt)
-        self._note_start(pod)
+        if not self.spec.suspend and self.draft.is_true(ConditionType.SUSPENDED):
+            self._resumed()
+        if self.draft.attempt_ended:
+            return self._next(attempt, child)
+        self._note_start(child, pod)
         self.draft.learn(self._report(attempt, pod))
+        if child is not None and child.outcome is Outcome.COMPLETE:
+            return self._finish(child, pod)
         if child is None or child.deleting:
-            return self._vanished(attempt, child, pod)
-        if child.outcome is Outcome.COMPLETE:
-            return self._finish(attempt, pod)
-        if child.outcome is Outcome.RUNNING:
-            return self._wait(child, pod)
-        return self._failed(attempt, cause_of(child), pod, gone=child.outcome is Outcome.FAILED)
+            # Deleted, by this operator to suspend the job, or by somebody.
+            return self._failed(attempt, Cause(FailureClass.TERMINATED), pod.ended if pod else None, pod)
+        if child.outcome is not Outcome.RUNNING:
+            return self._failed(attempt, cause_of(child), (pod.ended if pod else None) or child.ended, pod)
+        if pod is not None and self._lost(pod):
+            return self._failed(attempt, self._node_lost(pod), pod.delete_by, pod)
+        if failure := self._overdue(child, pod):
+            self.draft.set(failure=failure)
+            self.draft.end_attempt(AttemptOutcome.FAILED, self.now, failure)
+            self.draft.fail(failure)
+            return self._plan(running=False)
+        if self.spec.suspend:
+            return self._stop(child)
+        if self._stopping:
+            self._resumed()
+        return self._wait(child, pod)
 
     # Starting
 
     def _start(self, attempt: int) -> Plan:
+        if self.spec.suspend:
+            return self._suspended()
+        if self.draft.condition(ConditionType.SUSPENDED) is not None:
+            self._resumed()
+        if failure := self._overdue(None, None):
+            self.draft.fail(failure)
+            return self._plan(running=False)
         if self.seen.conflict is not None:
-            return self._blocked(self.seen.conflict)
+            self._say("False", *waiting.for_name(self.seen.conflict))
+            return self._plan(running=False, look_again=2.0 if self.seen.conflict.stale else 30.0)
         if self.seen.create_invalid:
             message = f"The cluster cannot make what spec asks for: {self.seen.create_error}. Create the job anew."
             self.draft.fail(_invalid(message, self.now, self.stage))
             return self._plan(running=False)
         if self.seen.create_error:
             name = child_name(self.draft.job.name, self.stage, attempt)
-            self._say("False", Reason.PODS_REFUSED, _refused(name, self.seen.create_error))
+            self._say("False", *waiting.for_admission(name, self.seen.create_error))
             return self._plan(running=False, look_again=30.0)
         self.draft.start(self.stage, attempt)
         # Children are built from the status as it will be: export names the attempt that training ended with.
         job = replace(self.draft.job, status=self.draft.status)
         objects = children.build(job, self.spec, self.stage, attempt, self.settings)
-        self._say("Unknown" if self.stage is not Stage.TRAIN else "False", *self._waiting_for_pod())
+        self._say("Unknown" if self.stage is not Stage.TRAIN else "False", *waiting.for_pod(self.stage))
         return self._plan(running=False, create=objects, look_again=WAITING_LOOK_SECONDS)
 
-    def _blocked(self, conflict: Conflict) -> Plan:
-        if conflict.stale:
-            reason, text = Reason.WAITING_FOR_CLEANUP, "is still being removed after an earlier job of this name."
-        else:
-            reason = Reason.NAME_CONFLICT
-            text = f"belongs to {conflict.owner}, so it is not touched: delete it, or rename the job."
-        self._say("False", reason, f"{conflict.kind} {conflict.name} {text}")
-        return self._plan(running=False, look_again=2.0 if conflict.stale else 30.0)
+    # Suspending
+
+    @property
+    def _stopping(self) -> bool:
+        """The status says that the present attempt is told to stop, so that its end is no failure."""
+        condition = self.draft.condition(ConditionType.SUSPENDED)
+        return condition is not None and condition.reason == Reason.SUSPENDING
+
+    def _stop(self, child: ChildJob) -> Plan:
+        """The child is deleted instead of suspended: its failure policy would call the end of a suspended pod a
+        failure, and a queue owns the field where there is one."""
+        if self._stopping:
+            return self._plan(running=True, delete=(child,), look_again=WAITING_LOOK_SECONDS)
+        text = f"{self.stage.capitalize()} attempt {child.attempt} is told to stop"
+        if self.stage is Stage.TRAIN:
+            text += f", and has {self.spec.checkpoint.grace_period_seconds} s to save"
+        self.draft.set_condition(ConditionType.SUSPENDED, "False", Reason.SUSPENDING, text + ".")
+        self.draft.note(Reason.SUSPENDING, text + ".")
+        return self._plan(running=True, look_again=0.0)
+
+    def _suspended(self) -> Plan:
+        if not self.draft.is_true(ConditionType.SUSPENDED):
+            text = "No pod of the job is left"
+            if self.stage is Stage.TRAIN and self.draft.status.checkpoint is not None:
+                text += f"; the checkpoint of step {self.draft.status.checkpoint.step} is stored"
+            text += ". Set spec.suspend to false to go on."
+            self.draft.set_condition(ConditionType.SUSPENDED, "True", Reason.SUSPENDED_BY_USER, text)
+            self.draft.note(Reason.SUSPENDED_BY_USER, text)
+        status = "False" if self.stage is Stage.TRAIN else "Unknown"
+        self._say(status, Reason.SUSPENDED, "The job is suspended.")
+        return self._plan(running=False)
+
+    def _resumed(self) -> None:
+        condition = self.draft.condition(ConditionType.SUSPENDED)
+        if condition is not None and condition.reason != Reason.RESUMED:
+            text = "spec.suspend is false again; the job goes on."
+            self.draft.set_condition(ConditionType.SUSPENDED, "False", Reason.RESUMED, text)
+            self.draft.note(Reason.RESUMED, text)
+
+    # Clocks
+
+    def _overdue(self, child: ChildJob | None, pod: ChildPod | None) -> Failure | None:
+        """The failure of a job that has used up a time that it was given."""
+        number = child.attempt if child else self.draft.attempt_number(self.stage)
+        limit = self.spec.active_deadline_seconds
+        if limit is not None and self.draft.active_seconds() >= limit:
+            text = (
+                f"The pods of the job ran for {limit} s, as long as activeDeadlineSeconds allows. Create the job anew "
+                "with a higher limit, or with fewer steps."
+            )
+            return _final(FailureClass.DEADLINE_EXCEEDED, text, self.now, self.stage, number)
+        limit = self.spec.pre_running_deadline_seconds
+        if limit is not None and self._runs(pod) is False and self._waited(child) >= limit:
+            before = self.draft.condition(STAGE_CONDITION[self.stage])
+            why = f" {before.message}" if before is not None else ""
+            text = f"No {self.stage} pod came to run in {limit} s, as long as preRunningDeadlineSeconds allows.{why}"
+            return _final(FailureClass.PRE_RUNNING_DEADLINE_EXCEEDED, text, self.now, self.stage, number)
+        return None
+
+    def _runs(self, pod: ChildPod | None) -> bool:
+        return pod is not None and pod.started is not None
+
+    def _waited(self, child: ChildJob | None) -> float:
+        """Seconds that the present attempt, or the next one, has waited for its pod."""
+        since = child.created if child else self.draft.job.created
+        if child is None:
+            status = self.draft.status
+            ended = status.attempt.end_time if status.attempt else None
+            since = max([since, *(parse_time(text) for text in (ended, status.restart_time) if text)])
+        suspended = self.draft.condition(ConditionType.SUSPENDED)
+        if suspended is not None and suspended.status == "False":
+            since = max(since, parse_time(suspended.last_transition_time))
+        return (self.now - since).total_seconds()
+
+    def _look_by(self, child: ChildJob, pod: ChildPod | None, usual: float) -> float:
+        """Seconds until the next look: as usual, or when a limit is reached."""
+        left = [usual]
+        if self.spec.active_deadline_seconds is not None and self._runs(pod):
+            left.append(self.spec.active_deadline_seconds - self.draft.active_seconds())
+        if self.spec.pre_running_deadline_seconds is not None and not self._runs(pod):
+            left.append(self.spec.pre_running_deadline_seconds - self._waited(child))
+        return max(0.1, min(left))
 
     # Running
 
-    def _note_start(self, pod: ChildPod | None) -> None:
+    def _note_start(self, child: ChildJob | None, pod: ChildPod | None) -> None:
         attempt = self.draft.status.attempt
-        if pod is None or pod.started is None or attempt is None or attempt.start_time is not None:
+        moment = pod.started if pod is not None else None
+        if moment is None and pod is None and child is not None and child.finished:
+            moment = child.started  # nobody saw the pod
+        if moment is None or attempt is None or attempt.start_time is not None:
             return
-        started = format_time(pod.started)
+        started = format_time(moment)
         self.draft.set(attempt=attempt.model_copy(update={"start_time": started}))
         if self.draft.status.start_time is None:
             self.draft.set(start_time=started)
@@ -194,35 +309,26 @@ class _Stage:
         if not pod.running:
             # The pod has ended, and the Job controller is about to say how.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
-        if pod.delete_by is not None and (self.now - pod.delete_by).total_seconds() > NODE_LOST_SECONDS:
-            self._say(
-                "Unknown",
-                Reason.NODE_LOST,
-                f"Pod {pod.name} should have ended by {format_time(pod.delete_by)}, and node {pod.node} does not say "
-                "that it has: the node is probably lost. Delete the Node object when the machine is off, and the job "
-                "goes on elsewhere.",
-            )
-            return self._plan(running=False, look_again=WAITING_LOOK_SECONDS)
         report = self._report(child.attempt, pod)
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"
             self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in pod {pod.name} ({doing}).")
-            self._watch(report)
+            self._watch(report, pod)
         else:
             text = f"{self.stage.capitalize()} attempt {child.attempt} runs in pod {pod.name}"
             doing = f" ({report.phase})." if report else "."
             reason = Reason.PREPARING if self.stage is Stage.PREPARE else Reason.EXPORTING
             self._say("Unknown", reason, text + doing)
-        return self._plan(running=True, look_again=self.settings.poll_seconds)
+        return self._plan(running=True, look_again=self._look_by(child, pod, self.settings.poll_seconds))
 
-    def _watch(self, report: Report | None) -> None:
+    def _watch(self, report: Report | None, pod: ChildPod) -> None:
         """Silence is never failure: whether training stalls is judged in the pod."""
         if report is not None:
             self.draft.set_condition(
                 ConditionType.PROGRESS_AVAILABLE, "True", Reason.PROGRESS_RECEIVED, "The train pod answers."
             )
             self.draft.progress(report, self.settings.progress_seconds, final=False)
-        elif self.seen.unreachable:
+        elif self.seen.unreachable and pod.delete_by is None:
             self.draft.set_condition(
                 ConditionType.PROGRESS_AVAILABLE,
                 "False",
@@ -233,26 +339,49 @@ class _Stage:
 
     def _wait_for_pod(self, child: ChildJob, pod: ChildPod | None) -> Plan:
         status = "False" if self.stage is Stage.TRAIN else "Unknown"
-        reason, message = self._waiting_for_pod()
+        reason, message = waiting.for_pod(self.stage)
         needs = ""
-        if pod is None:
+        if child.suspended:
+            reason, message = waiting.for_queue(child.name)
+        elif pod is None:
             if (self.now - child.created).total_seconds() >= NO_PODS_SECONDS:
                 needs = child.name
                 if self.seen.refusals:
-                    reason, message = Reason.PODS_REFUSED, _refused(child.name, self.seen.refusals[0])
+                    reason, message = waiting.for_admission(child.name, self.seen.refusals[0])
         elif pod.waiting is not None:
-            reason, message = _waiting_reason(pod, self.stage)
+            reason, message = waiting.for_start(pod, self.stage)
         self._say(status, reason, message)
-        return self._plan(running=False, look_again=WAITING_LOOK_SECONDS, needs_refusals_of=needs)
+        return self._plan(
+            running=False,
+            queued=child.suspended,
+            look_again=self._look_by(child, pod, WAITING_LOOK_SECONDS),
+            needs_refusals_of=needs,
+        )
 
-    def _waiting_for_pod(self) -> tuple[Reason, str]:
-        return Reason.WAITING_FOR_POD, f"Waiting for the {self.stage} pod to start."
+    def _lost(self, pod: ChildPod) -> bool:
+        """Its node does not say that it has ended, long after it must have."""
+        return (
+            not pod.finished
+            and pod.delete_by is not None
+            and (self.now - pod.delete_by).total_seconds() > NODE_LOST_SECONDS
+        )
+
+    def _node_lost(self, pod: ChildPod) -> Cause:
+        assert pod.delete_by is not None
+        text = (
+            f"Pod {pod.name} should have ended by {format_time(pod.delete_by)}, and node {pod.node} does not say that "
+            "it has: the node is probably lost."
+        )
+        return Cause(FailureClass.NODE_LOST, pod=pod.name, message=text)
 
     # Ending
 
-    def _finish(self, attempt: int, pod: ChildPod | None) -> Plan:
+    def _finish(self, child: ChildJob, pod: ChildPod | None) -> Plan:
         """Record what the stage came to. The next one begins with the next look, when the status has it."""
-        report = self._report(attempt, pod)
+        report = self._report(child.attempt, pod)
+        if self.stage is Stage.TRAIN and report is not None:
+            self.draft.progress(report, 0.0, final=True)
+        self.draft.end_attempt(AttemptOutcome.SUCCEEDED, (pod.ended if pod else None) or child.ended)
         self.draft.set(failure=None)
         if self.stage is Stage.PREPARE:
             self._say("True", Reason.VALIDATED, "Access, data, model and output were checked.")
@@ -265,38 +394,42 @@ class _Stage:
                     f"{self.spec.output.uri} already holds the verified result of this specification.",
                 )
         elif self.stage is Stage.TRAIN:
-            if report is not None:
-                self.draft.progress(report, 0.0, final=True)
-            self.draft.set(trained_attempt=attempt)
+            self.draft.set(trained_attempt=child.attempt)
             self._say("False", Reason.FINISHED, "Training has reached its last step.")
         else:
             self._say("True", Reason.PUBLISHED, f"The model is published at {self.spec.output.uri}.")
             self.draft.complete(
                 Reason.TRAINING_COMPLETE, f"The tuned model is verified and published at {self.spec.output.uri}."
             )
-        return self._plan(running=True, look_again=None if self.draft.terminal else 0.0)
+        return self._plan(running=True, look_again=0.0)
 
-    def _vanished(self, attempt: int, child: ChildJob | None, pod: ChildPod | None) -> Plan:
-        """Somebody deleted the Job."""
-        gone = child is None and (pod is None or pod.finished)
-        return self._failed(attempt, Cause(FailureClass.TERMINATED), pod, gone=gone)
+    def _failed(self, attempt: int, cause: Cause, at: datetime | None, pod: ChildPod | None) -> Plan:
+        """Record the failure as soon as it is known; what follows from it begins when it is in the status, so that it
+        is counted."""
+        report = self._report(attempt, pod)
+        if self.stage is Stage.TRAIN and report is not None:
+            self.draft.progress(report, 0.0, final=True)
+        if self._stopping and cause.failure_class in _STOPPED:
+            self.draft.end_attempt(AttemptOutcome.SUSPENDED, at)
+            return self._plan(running=False, look_again=0.0)
+        self.draft.fail_attempt(cause, at, pod, report)
+        if not self.draft.terminal:
+            failure = self.draft.status.failure
+            assert failure is not None
+            self._say("False", Reason.RESTARTING, f"Attempt {attempt} failed: {failure.message}")
+        return self._plan(running=False, look_again=0.0)
 
-    def _failed(self, attempt: int, cause: Cause, pod: ChildPod | None, *, gone: bool) -> Plan:
-        """Record the failure as soon as it is known. Start again when it is in the status, so that it is counted; when
-        the old pods are gone, so that no two attempts run at once; and when the pause is over."""
-        if self.draft.failure_of(self.stage, attempt) is None:
-            report = self._report(attempt, pod)
-            if self.stage is Stage.TRAIN and report is not None:
-                self.draft.progress(report, 0.0, final=True)
-            self.draft.fail_attempt(self.stage, attempt, cause, pod, report)
-            if not self.draft.terminal:
-                failure = self.draft.status.failure
-                assert failure is not None
-                self._say("False", Reason.RESTARTING, f"Attempt {attempt} failed: {failure.message}")
-            return self._plan(running=False, look_again=None if self.draft.terminal else 0.0)
+    def _next(self, attempt: int, child: ChildJob | None) -> Plan:
+        """The attempt has ended. The next one starts when the old pods are gone, so that no two run at once, and when
+        the pause is over."""
+        pods = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
+        if child is not None and not child.finished and not child.deleting and all(map(self._lost, pods)):
+            # It waits for a pod of a lost node, or would make another one.
+            return self._plan(running=False, delete=(child,), look_again=WAITING_LOOK_SECONDS)
+        over = (child is None or child.finished or child.deleting) and all(map(self._lost, pods))
         pause = self._pause()
-        if pause > 0 or not gone:
-            return self._plan(running=False, look_again=max(pause, 0.5) if gone else WAITING_LOOK_SECONDS)
+        if not over or (pause > 0 and not self.spec.suspend):
+            return self._plan(running=bool(pods), look_again=max(pause, 0.5) if over else WAITING_LOOK_SECONDS)
         return self._start(attempt + 1)
 
     def _pause(self) -> float:
@@ -307,7 +440,7 @@ class _Stage:
 
     def _say(self, status: str, reason: Reason, message: str) -> None:
         before = self.draft.condition(STAGE_CONDITION[self.stage])
-        if reason in _NEEDS_SOMEBODY and (before is None or before.reason != reason):
+        if reason in waiting.NEEDS_SOMEBODY and (before is None or before.reason != reason):
             self.draft.note(reason, message, warning=True)
         self.draft.set_condition(STAGE_CONDITION[self.stage], status, reason, message)
 
@@ -315,35 +448,20 @@ class _Stage:
         self,
         *,
         running: bool,
+        queued: bool = False,
         create: Iterable[dict[str, Any]] = (),
+        delete: tuple[ChildJob, ...] = (),
         look_again: float | None = None,
         needs_refusals_of: str = "",
     ) -> Plan:
-        self.draft.derive_phase(running)
-        return Plan(self.draft.status, tuple(create), tuple(self.draft.notes), look_again, needs_refusals_of)
-
-
-def _refused(name: str, why: str) -> str:
-    return (
-        f"The cluster refuses the pod of Job {name}: {why}. Mend the quota, policy or webhook that it names; it is "
-        "tried again by itself."
-    )
-
-
-def _waiting_reason(pod: ChildPod, stage: Stage) -> tuple[Reason, str]:
-    assert pod.waiting is not None
-    told = f"{pod.waiting.reason}: {pod.waiting.message}" if pod.waiting.message else pod.waiting.reason
-    if pod.waiting.reason in _IMAGE_REASONS:
-        return Reason.IMAGE_PULL_FAILED, (
-            f"Pod {pod.name} cannot get its image ({told}). Check the operator's trainer image and pull secrets."
+        self.draft.derive_phase(running, queued)
+        if self.draft.terminal:
+            look_again = 0.0  # for what is to be done after the end
+        return Plan(
+            self.draft.status,
+            create=tuple(create),
+            delete=delete,
+            notes=tuple(self.draft.notes),
+            look_again=look_again,
+            needs_refusals_of=needs_refusals_of,
         )
-    if pod.waiting.reason in _CONFIG_REASONS:
-        return Reason.CONTAINER_CONFIG_ERROR, (
-            f"Pod {pod.name} cannot start ({told}). Create what it names, for example the Secret of storage.secretRef."
-        )
-    if pod.waiting.reason == "Unschedulable":
-        field = "resources" if stage is Stage.TRAIN else f"stages.{stage}"
-        return Reason.UNSCHEDULABLE, (
-            f"No node can take pod {pod.name} ({pod.waiting.message}). Lower spec.{field}, or add nodes."
-        )
-    return Reason.WAITING_FOR_POD, f"Waiting for pod {pod.name} to start ({told})."

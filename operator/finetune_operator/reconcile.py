@@ -109,11 +109,17 @@ class Reconciler:
         obstacle = await self._create(job, planned)
         if obstacle is not None:
             planned = plan(job, replace(seen, **obstacle), self._settings, self._clock())
+        for child in planned.delete:
+            await self._kube.delete(JOBS, job.namespace, child.name, child.uid, child.resource_version)
+            log.info("%s/%s: deleted Job %s", job.namespace, job.name, child.name)
         await self._write_status(job, planned)
         # At once: the next look will see a status in which nothing has changed.
         self._metrics.observe(job, planned.status)
         for note in planned.notes:
             await self._record(job, note)
+        if planned.expired:
+            await self._kube.delete(FINETUNE_JOBS, job.namespace, job.name, job.uid, job.resource_version)
+            log.info("%s/%s: deleted, its time to live is over", job.namespace, job.name)
         return planned.look_again
 
     # Looking
@@ -124,7 +130,8 @@ class Reconciler:
         pods = read_pods(await self._kube.list(PODS, job.namespace, labelSelector=selector))
         live: Report | None = None
         unreachable = ""
-        running = next((pod for pod in pods if pod.running and pod.ip and pod.delete_by is None), None)
+        # A pod that was told to stop still speaks while it saves.
+        running = next((pod for pod in pods if pod.running and pod.ip), None)
         if running is not None:
             live, unreachable = await self._reader.read(running.ip)
         return Observation(jobs, pods, live=live, unreachable=unreachable)

@@ -19,6 +19,7 @@ class FineTuneJob:
     uid: str
     generation: int
     resource_version: str
+    created: datetime
     deleting: bool
     spec: FineTuneJobSpec | None
     """None when it cannot be read; then `spec_problem` says why."""
@@ -45,6 +46,7 @@ class FineTuneJob:
             uid=metadata["uid"],
             generation=metadata.get("generation", 0),
             resource_version=metadata["resourceVersion"],
+            created=parse_time(metadata["creationTimestamp"]),
             deleting="deletionTimestamp" in metadata,
             spec=spec,
             spec_problem=problem,

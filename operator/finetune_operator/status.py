@@ -6,28 +6,32 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_api.failures import RULES, Disposition, FailureClass, disposition_of
+from finetune_api.failures import RULES, Disposition, FailureClass
 from finetune_api.names import Stage, child_name
 from finetune_api.report import Report, StepProgress
 from finetune_api.status import (
+    MAX_HISTORY,
     MAX_MESSAGE,
+    MAX_PAST_MESSAGE,
     Attempt,
+    AttemptOutcome,
     Condition,
     ConditionType,
     EvaluationResult,
     Failure,
     FineTuneJobStatus,
+    PastAttempt,
     Phase,
     Progress,
     Reason,
     Resolved,
     Restarts,
+    Usage,
 )
 from finetune_operator.classify import Cause
 from finetune_operator.observe import ChildPod
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
-
-MAX_BACKOFF_SECONDS = 600
+from finetune_operator.restarts import decide
 
 
 @dataclass(frozen=True)
@@ -104,48 +108,108 @@ class Draft:
         attempt = self.status.attempt
         return attempt.number if attempt is not None and attempt.stage is stage else 0
 
-    def failure_of(self, stage: Stage, attempt: int) -> Failure | None:
-        failure = self.status.failure
-        if failure is not None and (failure.stage, failure.attempt) == (stage, attempt):
-            return failure
-        return None
+    @property
+    def attempt_ended(self) -> bool:
+        return self.status.attempt is not None and self.status.attempt.outcome is not None
 
     # What happens
 
     def start(self, stage: Stage, attempt: int) -> None:
+        assert self.job.spec is not None
         name = child_name(self.job.name, stage, attempt)
+        gpus = self.job.spec.resources.gpus_per_node if stage is Stage.TRAIN else 0
         self.set(
-            attempt=Attempt.model_validate({"stage": stage.value, "number": attempt, "jobName": name}),
+            attempt=Attempt.model_validate({"stage": stage.value, "number": attempt, "jobName": name, "gpus": gpus}),
             restart_time=None,
             restarts=self.status.restarts or Restarts(),
         )
         self.note(Reason.STAGE_STARTED, f"Started {stage} attempt {attempt} as Job {name}")
 
-    def fail_attempt(
-        self, stage: Stage, attempt: int, cause: Cause, pod: ChildPod | None, report: Report | None
-    ) -> None:
-        """Record why an attempt failed and decide what follows; counts it once, whatever is seen again later."""
+    def end_attempt(self, outcome: AttemptOutcome, at: datetime | None, failure: Failure | None = None) -> None:
+        """The present attempt has ended; takes its time into account and puts it into the history. Without a time of
+        its end it ended when it was last heard of."""
+        attempt, progress = self.status.attempt, self.status.progress
+        assert attempt is not None
+        train = attempt.stage is Stage.TRAIN
+        started = parse_time(attempt.start_time) if attempt.start_time else None
+        if at is None and started is not None:
+            heard = parse_time(progress.last_updated_time) if train and progress is not None else started
+            at = max(started, heard)
+        ended = format_time(at or self.now)
+        usage = self.status.usage or Usage()
+        if started is not None and at is not None:
+            seconds = max(0, round((at - started).total_seconds()))
+            useful = min(seconds, self._useful_seconds(outcome))
+            usage = Usage(
+                active_seconds=usage.active_seconds + seconds,
+                gpu_seconds=usage.gpu_seconds + seconds * attempt.gpus,
+                wasted_gpu_seconds=usage.wasted_gpu_seconds + (seconds - useful) * attempt.gpus,
+            )
+        past = PastAttempt.model_validate(
+            {
+                "stage": attempt.stage.value,
+                "number": attempt.number,
+                "outcome": outcome.value,
+                "class": failure.failure_class if failure else None,
+                "message": _cut(failure.message, MAX_PAST_MESSAGE) if failure else None,
+                "startTime": attempt.start_time,
+                "endTime": ended,
+                "fromStep": attempt.resumed_from_step,
+                "toStep": progress.current_step if train and progress is not None else None,
+                "exitCode": failure.exit_code if failure else None,
+                "rank": failure.rank if failure else None,
+                "pod": _cut(failure.pod, 63) if failure and failure.pod else None,
+                "node": _cut(failure.node, 63) if failure and failure.node else None,
+            }
+        )
+        self.set(
+            attempt=attempt.model_copy(update={"end_time": ended, "outcome": outcome}),
+            usage=usage,
+            history=[*self.status.history, past][-MAX_HISTORY:],
+        )
+        self._no_time_left()
+
+    def _useful_seconds(self, outcome: AttemptOutcome) -> int:
+        """Time of the present attempt that went into steps that the result has."""
+        attempt, progress, checkpoint = self.status.attempt, self.status.progress, self.status.checkpoint
+        if attempt is None or progress is None or progress.step_seconds is None or attempt.stage is not Stage.TRAIN:
+            return 0
+        first = attempt.resumed_from_step or 0
+        last = checkpoint.step if checkpoint is not None else first
+        if outcome is AttemptOutcome.SUCCEEDED:
+            last = progress.total_steps
+        return round(max(0, last - first) * float(progress.step_seconds))
+
+    def active_seconds(self) -> float:
+        """Time in which pods of the job ran until now."""
+        before = self.status.usage.active_seconds if self.status.usage else 0
+        attempt = self.status.attempt
+        if attempt is None or attempt.start_time is None or attempt.end_time is not None:
+            return before
+        return before + max(0.0, (self.now - parse_time(attempt.start_time)).total_seconds())
+
+    def fail_attempt(self, cause: Cause, at: datetime | None, pod: ChildPod | None, report: Report | None) -> None:
+        """Record why the present attempt failed and decide what follows."""
+        assert self.job.spec is not None
+        attempt = self.status.attempt
+        assert attempt is not None
+        decision = decide(self.job.spec, self.status, self.job.uid, cause)
         failure_class = cause.failure_class
         if failure_class is FailureClass.KILLED and pod is not None and pod.oom_killed:
             failure_class = FailureClass.OUT_OF_MEMORY_HOST
         said = report.failure if report is not None else None
-        message = RULES[failure_class].sentence
+        message = cause.message or RULES[failure_class].sentence
         if said is not None and said.failure_class == failure_class:
             message = said.message
-        restarts = self.status.restarts or Restarts()
-        disposition = disposition_of(failure_class)
-        assert self.job.spec is not None
-        allowed = self.job.spec.failure_policy.max_restarts
-        if disposition is Disposition.RESTART and restarts.charged >= allowed:
-            disposition = Disposition.FAIL
-            message = f"{message} It was tried {allowed + 1} times (failurePolicy.maxRestarts: {allowed})."
+        message = f"{message} {decision.because}".strip()
+        final = decision.disposition is Disposition.FAIL
         failure = Failure.model_validate(
             {
                 "class": failure_class.value,
                 "message": _cut(message, 2048),
-                "disposition": "Terminal" if disposition is Disposition.FAIL else "WillRestart",
-                "stage": stage.value,
-                "attempt": attempt,
+                "disposition": "Terminal" if final else "WillRestart",
+                "stage": attempt.stage.value,
+                "attempt": attempt.number,
                 "time": format_time(self.now),
                 "exitCode": cause.exit_code,
                 "rank": said.rank if said else None,
@@ -155,45 +219,24 @@ class Draft:
                 "logURI": report.log_uri if report else None,
             }
         )
+        free = decision.disposition is Disposition.RESTART_FREE
         self.set(failure=failure)
-        self._no_time_left()
-        if disposition is Disposition.FAIL:
+        self.end_attempt(AttemptOutcome.PREEMPTED if free else AttemptOutcome.FAILED, at, failure)
+        if final:
             self.fail(failure)
-        elif disposition is Disposition.RESTART_FREE:
-            preemptions = restarts.preemptions + 1
-            # An eviction that comes before anything is saved may come again and again, for a full disk, say.
-            pause = 0 if self._saved_in_this_attempt() else self._backoff(preemptions)
-            self.set(
-                restarts=restarts.model_copy(update={"preemptions": preemptions}),
-                restart_time=format_time(self.now + timedelta(seconds=pause)),
-            )
-            self.note(
-                failure_class, f"{stage} attempt {attempt}: {message} It is started again {_in(pause)}.", warning=True
-            )
-        else:
-            charged = restarts.charged + 1
-            pause = self._backoff(charged)
-            self.set(
-                restarts=restarts.model_copy(update={"charged": charged}),
-                restart_time=format_time(self.now + timedelta(seconds=pause)),
-            )
-            self.note(
-                failure_class,
-                f"{stage} attempt {attempt}: {message} Restart {charged} of {allowed} {_in(pause)}.",
-                warning=True,
-            )
-
-    def _backoff(self, count: int) -> int:
-        """Seconds before the restart after the `count`-th failure."""
-        assert self.job.spec is not None
-        base = self.job.spec.failure_policy.backoff_seconds
-        return min(base << min(count - 1, 10), MAX_BACKOFF_SECONDS)
-
-    def _saved_in_this_attempt(self) -> bool:
-        attempt, checkpoint = self.status.attempt, self.status.checkpoint
-        if attempt is None or attempt.resumed_from_step is None or checkpoint is None:
-            return False
-        return checkpoint.step > attempt.resumed_from_step
+            return
+        self.set(
+            restarts=decision.restarts,
+            restart_time=format_time(self.now + timedelta(seconds=decision.pause)),
+            micro_batch_limit=decision.micro_batch_limit,
+        )
+        allowed = self.job.spec.failure_policy.max_restarts
+        what = "It is started again" if free else f"Restart {decision.restarts.charged} of {allowed}"
+        self.note(
+            failure_class,
+            f"{attempt.stage} attempt {attempt.number}: {message} {what} {_in(decision.pause)}.",
+            warning=True,
+        )
 
     def fail(self, failure: Failure) -> None:
         """The job ends without a model."""
@@ -272,18 +315,22 @@ class Draft:
 
     # For people
 
-    def derive_phase(self, running: bool) -> None:
-        """`running`: the pod of the present attempt runs."""
-        self.set(phase=self._phase(running))
+    def derive_phase(self, running: bool, queued: bool = False) -> None:
+        """`running`: the pod of the present attempt runs. `queued`: somebody keeps it from having one."""
+        self.set(phase=self._phase(running, queued))
 
-    def _phase(self, running: bool) -> Phase:
+    def _phase(self, running: bool, queued: bool) -> Phase:
         if self.is_true(ConditionType.COMPLETE):
             return Phase.SUCCEEDED
         if self.is_true(ConditionType.FAILED):
             return Phase.FAILED
+        if self.is_true(ConditionType.SUSPENDED):
+            return Phase.SUSPENDED
         attempt = self.status.attempt
         if attempt is None:
             return Phase.PENDING
+        if queued:
+            return Phase.QUEUED
         if self.status.restart_time is not None:
             return Phase.RESTARTING
         if attempt.stage is Stage.PREPARE:
@@ -312,6 +359,7 @@ def _progress(step: StepProgress, now: datetime) -> Progress:
         learning_rate=_decimal(step.learning_rate, ".2e"),
         tokens_per_second=_decimal(step.tokens_per_second, ".1f"),
         trained_tokens=step.trained_tokens,
+        step_seconds=_decimal(step.step_seconds, ".3f"),
         estimated_remaining_seconds=remaining,
         eta=None if remaining is None else format_duration(remaining),
         last_updated_time=format_time(now),

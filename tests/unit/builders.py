@@ -55,19 +55,32 @@ def labels(stage: Stage, attempt: int) -> dict[str, str]:
 
 
 def child_job(
-    stage: Stage, attempt: int = 1, *conditions: tuple[str, str, str], age: float = 60, deleting: bool = False
+    stage: Stage,
+    attempt: int = 1,
+    *conditions: tuple[str, str, str],
+    age: float = 60,
+    deleting: bool = False,
+    suspended: bool = False,
+    ended: datetime = NOW,
 ) -> dict[str, Any]:
     """Conditions are (type, reason, message), all True."""
     metadata: dict[str, Any] = {
         "name": child_name("bot", stage, attempt),
         "namespace": "team",
+        "uid": f"{stage}-{attempt}",
+        "resourceVersion": "1",
         "labels": labels(stage, attempt),
         "creationTimestamp": format_time(NOW - timedelta(seconds=age)),
     }
     if deleting:
         metadata["deletionTimestamp"] = format_time(NOW)
-    found = [{"type": kind, "status": "True", "reason": reason, "message": text} for kind, reason, text in conditions]
-    return {"metadata": metadata, "status": {"conditions": found} if found else {}}
+    when = format_time(ended)
+    found = [
+        {"type": kind, "status": "True", "reason": reason, "message": text, "lastTransitionTime": when}
+        for kind, reason, text in conditions
+    ]
+    status: dict[str, Any] = {"startTime": metadata["creationTimestamp"]} | ({"conditions": found} if found else {})
+    return {"metadata": metadata, "spec": {"suspend": suspended}, "status": status}
 
 
 def complete(stage: Stage, attempt: int = 1) -> dict[str, Any]:
@@ -139,6 +152,7 @@ def ended_pod(
     terminated: dict[str, Any] = {
         "exitCode": code,
         "startedAt": format_time(NOW - timedelta(seconds=20)),
+        "finishedAt": format_time(NOW),
         "reason": reason or ("Completed" if code == 0 else "Error"),
     }
     if report is not None:
@@ -214,6 +228,10 @@ class Story:
         """Until export attempt 1 was created."""
         self.prepared()
         self.look([complete(Stage.PREPARE), complete(Stage.TRAIN)])
+
+
+def deleted(planned: Plan) -> list[str]:
+    return [child.name for child in planned.delete]
 
 
 def created(planned: Plan) -> list[str]:

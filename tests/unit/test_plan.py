@@ -216,7 +216,7 @@ class TestFailures:
         assert (failure.failure_class, failure.stage, failure.attempt) == (failure_class, stage, 1)
         assert failure.exit_code == RULES[failure_class].exit_code
         assert failure.pod == f"bot-{stage}-1-0-x7k2p"
-        assert failure.message == RULES[failure_class].sentence
+        assert failure.message.startswith(RULES[failure_class].sentence)
         if disposition_of(failure_class) is Disposition.FAIL:
             assert failure.disposition == "Terminal"
             assert planned.status.phase is Phase.FAILED
@@ -271,10 +271,10 @@ class TestFailures:
             story.look(jobs, [running_pod(TRAIN, attempt)], live=resumed)
             planned = story.look([complete(PREPARE), disrupted(TRAIN, attempt)])
             assert planned.create == ()
-            assert planned.look_again == pytest.approx(pause)
-            planned = story.look([complete(PREPARE), disrupted(TRAIN, attempt)], after=pause)
+            assert planned.look_again == pytest.approx(pause, rel=0.2)
+            planned = story.look([complete(PREPARE), disrupted(TRAIN, attempt)], after=planned.look_again)
             assert created(planned)[1] == f"Job/bot-train-{attempt + 1}"
-        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 3}
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 3, "outOfMemory": 0}
 
     def test_a_hundred_disruptions_are_free(self) -> None:
         story = Story()
@@ -284,7 +284,7 @@ class TestFailures:
             story.look([complete(PREPARE), child_job(TRAIN, attempt)], [running_pod(TRAIN, attempt)], live=live)
             story.look([complete(PREPARE), disrupted(TRAIN, attempt)])
         assert story.condition("Failed") is None
-        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 100}
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 100, "outOfMemory": 0}
         assert story.body["status"]["attempt"]["number"] == 101
 
     def test_a_pod_that_was_deleted_before_it_ran_is_charged(self) -> None:
@@ -309,15 +309,15 @@ class TestFailures:
         story = Story(failurePolicy={"backoffSeconds": 10, "maxRestarts": 3})
         story.prepared()
         for attempt, pause in ((1, 10), (2, 20), (3, 40)):
-            jobs = [complete(PREPARE), exited(TRAIN, attempt, 70)]
+            jobs = [complete(PREPARE), exited(TRAIN, attempt, 69)]
             planned = story.look(jobs)
             assert planned.create == ()
-            assert planned.look_again == pytest.approx(pause)
-            assert story.look(jobs, after=pause - 1).create == ()
+            assert planned.look_again == pytest.approx(pause, rel=0.2)
+            assert story.look(jobs, after=planned.look_again - 1).create == ()
             planned = story.look(jobs, after=1)
             assert created(planned)[1] == f"Job/bot-train-{attempt + 1}"
-        planned = story.look([complete(PREPARE), exited(TRAIN, 4, 70)])
-        assert story.condition("Failed") == ("True", "Unknown")
+        planned = story.look([complete(PREPARE), exited(TRAIN, 4, 69)])
+        assert story.condition("Failed") == ("True", "StorageUnavailable")
         assert "tried 4 times (failurePolicy.maxRestarts: 3)" in story.body["status"]["failure"]["message"]
 
     @pytest.mark.parametrize("ended", [disrupted(TRAIN, 1), exited(TRAIN, 1, 70), complete(TRAIN)])
@@ -529,19 +529,6 @@ class TestWaiting:
             assert all(note.warning for note in planned.notes)
         (message,) = [c["message"] for c in story.body["status"]["conditions"] if c["type"] == "Validated"]
         assert "Lower spec.stages.prepare, or add nodes" in message
-
-    def test_a_node_that_does_not_answer_is_named(self) -> None:
-        story = Story()
-        story.prepared()
-        jobs = [complete(PREPARE), child_job(TRAIN)]
-        pods = [running_pod(TRAIN, delete_by=NOW)]
-        story.look(jobs, pods, after=30)
-        assert story.condition("Running") == ("True", "Training"), "it may just be late"
-        story.look(jobs, pods, after=31)
-        assert story.condition("Running") == ("Unknown", "NodeLost")
-        (message,) = [c["message"] for c in story.body["status"]["conditions"] if c["type"] == "Running"]
-        assert "node node1" in message
-        assert "Delete the Node object" in message
 
 
 class TestSpecsThatCannotWork:

@@ -35,7 +35,6 @@ from finetune_trainer.world import World
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MICRO_BATCH = 8
 MAX_LOG_ENTRIES = 1000
 """Losses that are logged over a whole run; each costs a synchronisation with the GPU."""
 
@@ -77,15 +76,6 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         return
-
-
-def micro_batch(spec: FineTuneJobSpec, world: World) -> int:
-    """Rows one process computes at once: as asked, or the largest divisor of its share up to eight."""
-    share = spec.hyperparameters.batch_size // world.size
-    asked = spec.hyperparameters.micro_batch_size
-    if asked is not None:
-        return asked
-    return max(size for size in range(1, min(DEFAULT_MICRO_BATCH, share) + 1) if share % size == 0)
 
 
 def arguments(

@@ -63,7 +63,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     world.require_gpus(spec.resources.gpus_per_node)
     compute = models.precision(spec, world)
     checkpointing = models.activation_checkpointing(spec, world)
-    micro_batch = training.micro_batch(spec, world)
+    micro_batch = document.micro_batch_size
     config = training.arguments(
         spec,
         plan,
