@@ -12,6 +12,9 @@ REGISTRY ?= ghcr.io/finetune-operator
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILDER ?= $(shell command -v docker || command -v podman)
 
+RUNS ?= 100000
+SEED ?= $(shell date +%s)
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS)
@@ -39,6 +42,10 @@ quickstart: $(VENV)/.local ## Tune a small model on this machine, from base mode
 .PHONY: test
 test: $(VENV)/.dev .tools/.done ## Run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+.PHONY: simulate
+simulate: $(VENV)/.dev ## Play lives of a job with random faults: make simulate RUNS=100000 SEED=7
+	SIMULATION_RUNS=$(RUNS) SIMULATION_SEED=$(SEED) $(BIN)/python -m pytest tests/simulation -k no_fault
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types and the contracts between packages

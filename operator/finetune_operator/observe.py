@@ -34,8 +34,6 @@ class ChildJob:
     message: str = ""
     ended: datetime | None = None
     """When the outcome was decided."""
-    started: datetime | None = None
-    """When the Job controller took it up, some time before its pod runs."""
     suspended: bool = False
     """Somebody, a queue for example, keeps it from having pods."""
     uid: str = ""
@@ -145,7 +143,7 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
     position = _position(metadata)
     if position is None:
         return None
-    outcome, reason, message, ended = Outcome.RUNNING, "", "", ""
+    outcome, reason, message = Outcome.RUNNING, "", ""
     status = item.get("status") or {}
     conditions = {
         condition["type"]: condition
@@ -162,8 +160,9 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
             outcome = found
             reason = conditions[kind].get("reason") or ""
             message = conditions[kind].get("message") or ""
-            # The first one that decided: waiting for the pods to go is no part of the attempt.
-            ended = ended or conditions[kind].get("lastTransitionTime") or ""
+    # The first one that decides: until the last one, the controller only waits for the pods to go.
+    decided = ("FailureTarget", "Failed", "SuccessCriteriaMet", "Complete")
+    times = [conditions[kind].get("lastTransitionTime") for kind in decided if kind in conditions]
     return ChildJob(
         name=metadata["name"],
         stage=position[0],
@@ -173,8 +172,7 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
         outcome=outcome,
         reason=reason,
         message=message,
-        ended=parse_time(ended) if ended else None,
-        started=parse_time(status["startTime"]) if status.get("startTime") else None,
+        ended=min((parse_time(time) for time in times if time), default=None),
         suspended=bool((item.get("spec") or {}).get("suspend")),
         uid=metadata.get("uid") or "",
         resource_version=metadata.get("resourceVersion") or "",

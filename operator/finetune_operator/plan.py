@@ -148,7 +148,7 @@ class _Stage:
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
-        self._note_start(child, pod)
+        self._note_start(pod)
         self.draft.learn(self._report(attempt, pod))
         if child is not None and child.outcome is Outcome.COMPLETE:
             return self._finish(child, pod)
@@ -159,6 +159,9 @@ class _Stage:
             return self._failed(attempt, cause_of(child), (pod.ended if pod else None) or child.ended, pod)
         if pod is not None and self._lost(pod):
             return self._failed(attempt, self._node_lost(pod), pod.delete_by, pod)
+        if child.ended is not None:
+            # It has succeeded, and its controller is about to say so.
+            return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
         if failure := self._overdue(child, pod):
             self.draft.set(failure=failure)
             self.draft.end_attempt(AttemptOutcome.FAILED, self.now, failure)
@@ -250,7 +253,7 @@ class _Stage:
             )
             return _final(FailureClass.DEADLINE_EXCEEDED, text, self.now, self.stage, number)
         limit = self.spec.pre_running_deadline_seconds
-        if limit is not None and self._runs(pod) is False and self._waited(child) >= limit:
+        if limit is not None and not self._runs(pod) and self._waited(child) >= limit:
             before = self.draft.condition(STAGE_CONDITION[self.stage])
             why = f" {before.message}" if before is not None else ""
             text = f"No {self.stage} pod came to run in {limit} s, as long as preRunningDeadlineSeconds allows.{why}"
@@ -258,7 +261,10 @@ class _Stage:
         return None
 
     def _runs(self, pod: ChildPod | None) -> bool:
-        return pod is not None and pod.started is not None
+        """Whether the present attempt has come to run, though its pod may be gone again."""
+        attempt = self.draft.status.attempt
+        started = attempt is not None and attempt.start_time is not None and attempt.outcome is None
+        return started or (pod is not None and pod.started is not None)
 
     def _waited(self, child: ChildJob | None) -> float:
         """Seconds that the present attempt, or the next one, has waited for its pod."""
@@ -283,14 +289,11 @@ class _Stage:
 
     # Running
 
-    def _note_start(self, child: ChildJob | None, pod: ChildPod | None) -> None:
+    def _note_start(self, pod: ChildPod | None) -> None:
         attempt = self.draft.status.attempt
-        moment = pod.started if pod is not None else None
-        if moment is None and pod is None and child is not None and child.finished:
-            moment = child.started  # nobody saw the pod
-        if moment is None or attempt is None or attempt.start_time is not None:
+        if pod is None or pod.started is None or attempt is None or attempt.start_time is not None:
             return
-        started = format_time(moment)
+        started = format_time(pod.started)
         self.draft.set(attempt=attempt.model_copy(update={"start_time": started}))
         if self.draft.status.start_time is None:
             self.draft.set(start_time=started)

@@ -127,7 +127,7 @@ class Draft:
 
     def end_attempt(self, outcome: AttemptOutcome, at: datetime | None, failure: Failure | None = None) -> None:
         """The present attempt has ended; takes its time into account and puts it into the history. Without a time of
-        its end it ended when it was last heard of."""
+        its end it ended when it was last heard of; one whose pod nobody saw run counts nothing."""
         attempt, progress = self.status.attempt, self.status.progress
         assert attempt is not None
         train = attempt.stage is Stage.TRAIN

@@ -1,0 +1,393 @@
+"""A job's life with everything that can go wrong in it, as a hypothesis state machine; its invariants are DESIGN's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from world import FAULTS, GRACE, Fault, Object, Storage, World, is_open, owner_of, position
+
+from finetune_api.failures import RULES, FailureClass
+from finetune_api.names import Stage
+from finetune_api.status import MAX_HISTORY
+from finetune_operator.observe import Observation, read_jobs, read_pods
+from finetune_operator.plan import NODE_LOST_SECONDS, plan
+from finetune_operator.resource import FineTuneJob
+
+_CODES = sorted({rule.exit_code for rule in RULES.values() if rule.exit_code is not None} | {1, 137, 139, 143})
+# Most codes end the job, and there is more to see in jobs that go on.
+EXIT_CODES = _CODES + 3 * [69, 75, 80, 81, 83, 137, 139]
+MAX_RESTARTS = 2
+
+faults = st.builds(Fault, st.integers(1, 8), st.sampled_from(FAULTS))
+index = st.integers(0, 3)
+
+
+class Life(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.applied = 0
+        self.terminal: dict[str, str] = {}
+        """The terminal condition of every uid that had one."""
+        self.made_at_the_end: dict[str, dict[Stage, int]] = {}
+        self.generation: dict[str, int] = {}
+        self.suspensions: dict[str, int] = {}
+        self.suspended_at: dict[str, int] = {}
+        """Active seconds when the job was seen suspended."""
+        self.starts: dict[str, set[tuple[Stage, int]]] = {}
+
+    @initialize(
+        gpus=st.sampled_from([0, 4]),
+        backoff=st.sampled_from([0, 30]),
+        deadline=st.sampled_from([None, 600]),
+        waiting=st.sampled_from([None, 900]),
+        ttl=st.sampled_from([None, 100]),
+        begun=st.sampled_from([0, 0, 1, 2, 3, 3, 3, 5, 6]),
+        rules=st.lists(
+            st.fixed_dictionaries(
+                {
+                    "class": st.sampled_from([FailureClass.UNKNOWN, FailureClass.PREEMPTED, FailureClass.NOT_FOUND]),
+                    "action": st.sampled_from(["Fail", "Restart"]),
+                }
+            ),
+            max_size=1,
+        ),
+    )
+    def apply(
+        self,
+        gpus: int,
+        backoff: int,
+        deadline: int | None,
+        waiting: int | None,
+        ttl: int | None,
+        begun: int,
+        rules: Any,
+    ) -> None:
+        limits = {
+            "activeDeadlineSeconds": deadline,
+            "preRunningDeadlineSeconds": waiting,
+            "ttlSecondsAfterFinished": ttl,
+        }
+        self.spec: Object = {
+            "resources": {"gpusPerNode": gpus},
+            "failurePolicy": {"maxRestarts": MAX_RESTARTS, "backoffSeconds": backoff, "rules": rules},
+            **{key: value for key, value in limits.items() if value is not None},
+        }
+        self.world.apply(self.spec)
+        for _ in range(begun):
+            self.everybody_works(succeed=True)
+
+    # What happens
+
+    @rule()
+    def operator_looks(self) -> None:
+        self.world.operate()
+
+    @rule(fault=faults)
+    def operator_looks_and_something_fails(self, fault: Fault) -> None:
+        self.world.operate(fault)
+
+    @rule()
+    def operator_looks_and_cannot_reach_the_pod(self) -> None:
+        self.world.operate(unreachable=True)
+
+    @rule(succeed=st.booleans())
+    def everybody_works(self, succeed: bool) -> None:
+        """What usually happens between two faults."""
+        self.world.operate()
+        self.world.control()
+        self.world.collect()
+        self.world.kubelet()
+        for pod in self.world.live_pods():
+            if pod["status"]["phase"] == "Pending":
+                self._start(pod)
+            elif succeed and "deletionTimestamp" not in pod["metadata"]:
+                self.world.train(pod, 4)
+                self.world.succeed(pod)
+        self.world.sleep(5)
+        self.world.control()
+        self.world.operate()
+
+    @rule()
+    def job_controller_works(self) -> None:
+        self.world.control()
+
+    @rule()
+    def garbage_is_collected(self) -> None:
+        self.world.collect()
+
+    @rule(saves=st.booleans())
+    def kubelet_ends_stopped_pods(self, saves: bool) -> None:
+        self.world.kubelet(saves=saves)
+
+    @rule()
+    def ended_pods_go(self) -> None:
+        self.world.drop_finished_pods()
+
+    @rule(index=index)
+    def pod_starts(self, index: int) -> None:
+        if pod := self._pick(index, "Pending"):
+            self._start(pod)
+
+    @rule(index=index, steps=st.integers(1, 4))
+    def pod_trains(self, index: int, steps: int) -> None:
+        if pod := self._pick(index, "Running"):
+            self.world.train(pod, steps)
+            self.world.sleep(2.0 * steps)
+
+    @rule(index=index)
+    def pod_succeeds(self, index: int) -> None:
+        if pod := self._pick(index, "Running"):
+            self.world.succeed(pod)
+
+    @rule(index=index, code=st.sampled_from(EXIT_CODES))
+    def pod_fails(self, index: int, code: int) -> None:
+        if pod := self._pick(index, "Running"):
+            self.world.fail(pod, code, "OOMKilled" if code == 137 else "Error")
+
+    @rule(index=index, disrupted=st.booleans())
+    def pod_is_deleted(self, index: int, disrupted: bool) -> None:
+        """By a person, or by a preemption."""
+        if pod := self._pick(index, "Pending", "Running"):
+            self.world.stop(pod, disrupted=disrupted)
+
+    @rule(index=index)
+    def node_is_lost(self, index: int) -> None:
+        if pod := self._pick(index, "Running"):
+            self.world.lose_node(pod)
+
+    @rule()
+    def nodes_come_back(self) -> None:
+        self.world.lost_nodes.clear()
+
+    @rule(index=index)
+    def somebody_deletes_a_child(self, index: int) -> None:
+        if children := self.world.children():
+            child = children[index % len(children)]
+            if is_open(child):
+                del self.world.objects["jobs", child["metadata"]["name"]]
+
+    @rule(index=index, suspended=st.booleans())
+    def queue_flips_a_child(self, index: int, suspended: bool) -> None:
+        open_children = [child for child in self.world.children() if is_open(child)]
+        if open_children:
+            child = open_children[index % len(open_children)]
+            child["spec"]["suspend"] = suspended
+            self.world.touch(child)
+
+    @rule(value=st.booleans())
+    def user_sets_suspend(self, value: bool) -> None:
+        job = self.world.job
+        if job is not None and value and not job["spec"].get("suspend"):
+            uid = job["metadata"]["uid"]
+            self.suspensions[uid] = self.suspensions.get(uid, 0) + 1
+        self.world.edit(suspend=value)
+
+    @rule(value=st.sampled_from([None, 300, 3000]))
+    def user_edits_the_deadline(self, value: int | None) -> None:
+        self.world.edit(activeDeadlineSeconds=value)
+
+    @rule(quota=st.booleans())
+    def quota_changes(self, quota: bool) -> None:
+        self.world.quota = quota
+
+    @precondition(lambda self: self.applied < 2)
+    @rule()
+    def user_deletes_and_applies_again(self) -> None:
+        self.applied += 1
+        self.world.delete_job()
+        self.world.apply(self.spec)
+
+    @rule(seconds=st.sampled_from([1, 10, GRACE, GRACE + NODE_LOST_SECONDS + 1, 3600]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.sleep(seconds)
+
+    # What must hold
+
+    @invariant()
+    def at_most_one_attempt_is_open(self) -> None:
+        """An attempt is open while its Job may have pods, and while a pod of it may run."""
+        by_owner: dict[str, set[tuple[Stage, int]]] = {}
+        for child in self.world.children():
+            if is_open(child):
+                by_owner.setdefault(owner_of(child), set()).add(position(child))
+        for pod in self.world.live_pods():
+            if not self.world.is_lost(pod):
+                by_owner.setdefault(pod["trainer"]["uid"], set()).add(position(pod))
+        for attempts in by_owner.values():
+            assert len(attempts) <= 1, f"{attempts} at once"
+
+    @invariant()
+    def the_end_is_final(self) -> None:
+        for uid, status in self._status():
+            kinds = [c["type"] for c in status.get("conditions", []) if c["status"] == "True"]
+            ends = [kind for kind in kinds if kind in ("Complete", "Failed")]
+            assert len(ends) <= 1, "Complete and Failed"
+            before = self.terminal.get(uid)
+            assert before is None or ends == [before], f"{before} became {ends}"
+            if ends:
+                self.terminal[uid] = ends[0]
+                made = self._attempts(uid)
+                assert self.made_at_the_end.setdefault(uid, made) == made, "an attempt after the end"
+
+    @invariant()
+    def the_generation_never_goes_back(self) -> None:
+        for uid, status in self._status():
+            seen = status.get("observedGeneration", 0)
+            assert seen >= self.generation.get(uid, 0)
+            self.generation[uid] = seen
+
+    @invariant()
+    def restarts_are_bounded_and_none_is_lost(self) -> None:
+        for uid, status in self._status():
+            restarts = status.get("restarts") or {}
+            charged, free = restarts.get("charged", 0), restarts.get("preemptions", 0)
+            assert charged <= MAX_RESTARTS
+            history = status.get("history", [])
+            if len(history) < MAX_HISTORY:
+                outcomes = [entry["outcome"] for entry in history]
+                final = status.get("phase") == "Failed" and status["failure"]["attempt"] > 0
+                assert outcomes.count("Preempted") == free
+                assert charged <= outcomes.count("Failed") <= charged + final
+            allowed = charged + free + self.suspensions.get(uid, 0)
+            made = sum(number - 1 for number in self._attempts(uid).values())
+            # The restart of an attempt that was created is in the status before it is created.
+            assert made <= allowed, f"{made} restarts, {allowed} accounted for"
+
+    @invariant()
+    def suspended_means_no_pods_and_clocks_stop(self) -> None:
+        for uid, status in self._status():
+            suspended = any(c["type"] == "Suspended" and c["status"] == "True" for c in status.get("conditions", []))
+            job = self.world.job
+            if not suspended or job is None or not job["spec"].get("suspend"):
+                self.suspended_at.pop(uid, None)
+                continue
+            pods = [pod for pod in self.world.live_pods() if pod["trainer"]["uid"] == uid]
+            assert all(self.world.is_lost(pod) for pod in pods), "suspended, and a pod is left"
+            active = (status.get("usage") or {}).get("activeSeconds", 0)
+            assert self.suspended_at.setdefault(uid, active) == active, "the clock runs while the job is suspended"
+
+    @invariant()
+    def complete_means_published(self) -> None:
+        for uid, status in self._status():
+            if status.get("phase") == "Succeeded":
+                assert self._storage(uid).published == status["trainedAttempt"]
+
+    @invariant()
+    def accounts_are_not_more_than_the_truth(self) -> None:
+        for uid, status in self._status():
+            usage = status.get("usage") or {}
+            assert usage.get("wastedGPUSeconds", 0) <= usage.get("gpuSeconds", 0)
+            assert usage.get("activeSeconds", 0) <= self.world.ran.get(uid, 0.0), "time that no pod ran"
+
+    @invariant()
+    def the_same_picture_gives_the_same_plan(self) -> None:
+        body = self.world.job
+        if body is None:
+            return
+        uid = body["metadata"]["uid"]
+        own = [job for job in self.world.children() if owner_of(job) == uid]
+        pods = [pod for pod in self.world.pods() if pod["trainer"]["uid"] == uid]
+        seen = Observation(read_jobs(own), read_pods(pods))
+        job = FineTuneJob.parse(body)
+        settings = self.world.settings
+        assert plan(job, seen, settings, self.world.now) == plan(job, seen, settings, self.world.now)
+
+    # The end: without faults every job comes to one
+
+    def teardown(self) -> None:
+        if self.world.job is None:
+            return
+        self.world.quota = True
+        self.world.lost_nodes.clear()
+        self.world.edit(suspend=False)
+        for _ in range(400):
+            if self._is_over():
+                break
+            self._settle()
+        for _ in range(4):
+            # Nobody who is told to stop is left, whether or not it would end by itself.
+            self._settle(succeed=False)
+        job = self.world.job
+        if job is not None:
+            conditions = {c["type"]: c["status"] for c in job["status"]["conditions"]}
+            assert "True" in (conditions.get("Complete"), conditions.get("Failed")), self.world.writes[-30:]
+            assert not self.world.live_pods(), "the job is over, and a pod runs"
+            assert not any(is_open(child) for child in self.world.children()), "the job is over, and a child is open"
+        self.world.delete_job()
+        for _ in range(3):
+            self.world.collect()
+            self.world.kubelet()
+            self.world.control()
+        assert not self.world.children("jobs") + self.world.pods(), "something outlives its owner"
+
+    def _is_over(self) -> bool:
+        job = self.world.job
+        if job is None:
+            return True
+        conditions = job.get("status", {}).get("conditions", [])
+        return any(c["status"] == "True" and c["type"] in ("Complete", "Failed") for c in conditions)
+
+    def _settle(self, *, succeed: bool = True) -> None:
+        for child in self.world.children():
+            child["spec"]["suspend"] = False
+        self.world.operate()
+        self.world.control()
+        self.world.collect()
+        self.world.kubelet()
+        for pod in self.world.live_pods():
+            if pod["status"]["phase"] == "Pending":
+                self._start(pod)
+            elif succeed and "deletionTimestamp" not in pod["metadata"]:
+                self.world.succeed(pod)
+        self.world.control()
+        self._check()
+        self.world.sleep(10)
+
+    def _check(self) -> None:
+        self.at_most_one_attempt_is_open()
+        self.the_end_is_final()
+        self.restarts_are_bounded_and_none_is_lost()
+        self.complete_means_published()
+        self.accounts_are_not_more_than_the_truth()
+
+    # Helpers
+
+    def _start(self, pod: Object) -> None:
+        """No attempt begins to read what an older one still writes."""
+        uid, (stage, attempt) = pod["trainer"]["uid"], position(pod)
+        for other in self.world.live_pods():
+            if other is not pod and other["trainer"]["uid"] == uid and other["status"]["phase"] == "Running":
+                assert self.world.is_lost(other), f"{stage} {attempt} starts while {position(other)} runs"
+        for number in pod["trainer"]["document"].earlier_attempts:
+            assert number < attempt or stage is Stage.EXPORT
+        self.world.start(pod)
+
+    def _pick(self, index: int, *phases: str) -> Object | None:
+        """A pod that its kubelet can still speak of."""
+        pods = [
+            pod
+            for pod in self.world.pods()
+            if pod["status"]["phase"] in phases and pod["spec"]["nodeName"] not in self.world.lost_nodes
+        ]
+        return pods[index % len(pods)] if pods else None
+
+    def _status(self) -> list[tuple[str, Object]]:
+        job = self.world.job
+        return [(job["metadata"]["uid"], job["status"])] if job is not None and job.get("status") else []
+
+    def _storage(self, uid: str) -> Storage:
+        return self.world.storage[uid]
+
+    def _attempts(self, uid: str) -> dict[Stage, int]:
+        """The highest attempt of each stage that was ever created."""
+        seen = self.starts.setdefault(uid, set())
+        for child in self.world.children():
+            if owner_of(child) == uid:
+                seen.add(position(child))
+        highest: dict[Stage, int] = {}
+        for stage, number in seen:
+            highest[stage] = max(number, highest.get(stage, 0))
+        return highest

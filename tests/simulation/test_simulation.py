@@ -1,0 +1,63 @@
+"""Thousands of lives of a job with random faults. `make simulate` runs more of them, with another seed each time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+from machine import Life
+from planted import BUGS
+
+RUNS = int(os.environ.get("SIMULATION_RUNS", "2000"))
+SEED = os.environ.get("SIMULATION_SEED", "1")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    logging.getLogger("finetune_operator").setLevel(logging.CRITICAL)
+
+
+def profile(runs: int, **changes: object) -> settings:
+    return settings(
+        max_examples=runs,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.timeout(0)
+def test_no_fault_breaks_an_invariant() -> None:
+    run_state_machine_as_test(seed(int(SEED))(Life), settings=profile(RUNS))
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_is_found(bug: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the test: an invariant that cannot fail would prove nothing."""
+    bug(monkeypatch)
+    quick = profile(RUNS, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(seed(int(SEED))(Life), settings=quick)
+
+
+def test_a_seed_gives_the_same_lives_again() -> None:
+    def lives() -> list[list[str]]:
+        seen: list[list[str]] = []
+
+        class Recorded(Life):
+            def teardown(self) -> None:
+                super().teardown()
+                seen.append(self.world.writes)
+
+        run_state_machine_as_test(seed(7)(Recorded), settings=profile(20))
+        return seen
+
+    first = lives()
+    assert any(len(writes) > 10 for writes in first)
+    assert lives() == first
