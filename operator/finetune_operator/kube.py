@@ -141,6 +141,10 @@ class Kube:
         async for piece in response.response.content.iter_any():
             yield piece
 
+    async def patch(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Merge patch."""
+        return await self._request("PATCH", kind, kind.path(namespace, name), body=body)
+
     async def patch_status(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
         """Merge patch of the status. A resourceVersion in the body makes it fail with 409 when the object changed."""
         return await self._request("PATCH", kind, kind.path(namespace, name, "status"), body=body)

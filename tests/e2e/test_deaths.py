@@ -74,7 +74,7 @@ def resumed(up: LocalUp, name: str, unbroken: str, failure: str) -> dict[str, An
     assert status["failure"]["class"] == failure, status["failure"]
     status = up.succeeded(name)
     assert report(up, name, attempt=2)["resumedFromStep"] >= 10
-    assert status["restarts"] == {"charged": 1, "preemptions": 0}
+    assert status["restarts"] == {"charged": 1, "preemptions": 0, "outOfMemory": 0}
     assert up.jobs(name) == [f"{name}-{child}" for child in ("export-1", "prepare-1", "train-1", "train-2")]
     assert losses(up, name) == losses(up, unbroken)
     assert weights(up, name) == weights(up, unbroken)
@@ -113,8 +113,26 @@ def test_an_eviction_is_free(up: LocalUp, unbroken: str) -> None:
     path = f"/api/v1/namespaces/default/pods/{name}/eviction"
     up.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
     status = up.succeeded("evicted")
-    assert status["restarts"] == {"charged": 0, "preemptions": 1}
+    assert status["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
     assert losses(up, "evicted") == losses(up, unbroken)
+
+
+def test_a_job_that_is_suspended_loses_no_step(up: LocalUp, unbroken: str) -> None:
+    in_mid_training(up, "suspended")
+    up.finetune("suspend", "suspended", "--wait")
+    status = up.status("suspended")
+    assert status["phase"] == "Suspended"
+    assert (
+        up.kubectl("get", "pods", "-l", "finetune.dev/job-name=suspended,finetune.dev/stage=train", "-o", "name") == ""
+    )
+    last = report(up, "suspended", attempt=1)
+    assert last["checkpoint"]["step"] == last["progress"]["step"], "no step is lost"
+    up.finetune("resume", "suspended")
+    status = up.succeeded("suspended")
+    assert report(up, "suspended", attempt=2)["resumedFromStep"] == last["progress"]["step"]
+    assert status["restarts"] == {"charged": 0, "preemptions": 0, "outOfMemory": 0}
+    assert losses(up, "suspended") == losses(up, unbroken)
+    assert weights(up, "suspended") == weights(up, unbroken)
 
 
 @pytest.mark.parametrize("stage", ["prepare", "train", "export"])
@@ -126,7 +144,7 @@ def test_the_operator_is_killed_in_each_stage(up: LocalUp, unbroken: str, stage:
     eventually(lambda: up.processes(f"finetune_trainer.{step}", uid), f"{stage} runs")
     up.kill_operator()
     status = up.succeeded(name)
-    assert status["restarts"] == {"charged": 0, "preemptions": 0}
+    assert status["restarts"] == {"charged": 0, "preemptions": 0, "outOfMemory": 0}
     assert up.jobs(name) == [f"{name}-export-1", f"{name}-prepare-1", f"{name}-train-1"]
     assert weights(up, name) == weights(up, unbroken)
 

@@ -83,7 +83,7 @@ def test_work_that_is_interrupted_goes_on_after_the_next_start(state: Path) -> N
     up = LocalUp(state, program("kubectl"))
     try:
         status = up.succeeded("interrupted")
-        assert status["restarts"] == {"charged": 0, "preemptions": 1}
+        assert status["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
         report = json.loads(up.read(f"{status['resolved']['workURI']}/train/2/report.json"))
         assert report["resumedFromStep"] >= 10
     finally:

@@ -333,6 +333,50 @@ def wait(target: Target, name: str, timeout: float) -> None:
 
 @main.command()
 @click.argument("name")
+@click.option("--wait", "waiting", is_flag=True, help="Until no pod of the job is left.")
+@pass_target
+def suspend(target: Target, name: str, waiting: bool) -> None:
+    """Stop a job and keep its state. A running pod has time to save; resume goes on from there."""
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            await _set_suspend(kube, namespace, name, True)
+            click.echo(f"FineTuneJob {namespace}/{name} is told to stop")
+            if not waiting:
+                return 0
+            async for job in states(kube, namespace, name):
+                if job.status.phase is Phase.SUSPENDED or _ended(job):
+                    click.echo(f"{name}: {show.what_it_does(job.status)}")
+                    return 0 if job.status.phase is Phase.SUSPENDED else EXIT_FAILED
+        raise AssertionError("states ends with a job that ended")
+
+    run(work())
+
+
+@main.command()
+@click.argument("name")
+@pass_target
+def resume(target: Target, name: str) -> None:
+    """Let a suspended job go on from its newest checkpoint."""
+
+    async def work() -> int:
+        async with connect(target) as (kube, namespace):
+            await _set_suspend(kube, namespace, name, False)
+            click.echo(f"FineTuneJob {namespace}/{name} goes on")
+        return 0
+
+    run(work())
+
+
+async def _set_suspend(kube: Kube, namespace: str, name: str, value: bool) -> None:
+    job = FineTuneJob.parse(await fetch(kube, namespace, name))
+    if _ended(job):
+        raise Stop(f"FineTuneJob {namespace}/{name} is over: {show.what_it_does(job.status)}", EXIT_FAILED)
+    await kube.patch(FINETUNE_JOBS, namespace, name, {"metadata": {"uid": job.uid}, "spec": {"suspend": value}})
+
+
+@main.command()
+@click.argument("name")
 @click.option("--stage", type=click.Choice(["prepare", "train", "export"]), help="Stage; the present one by default.")
 @click.option("--attempt", type=int, help="Attempt of the stage; the last one by default.")
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the pod ends.")

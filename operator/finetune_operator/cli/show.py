@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Restarts
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Reason, Restarts, Usage
 from finetune_operator.resource import FineTuneJob, parse_time
 from finetune_operator.status import format_duration
 
@@ -18,6 +18,8 @@ _STYLES = {
     Phase.SUCCEEDED: "green",
     Phase.FAILED: "red",
     Phase.RESTARTING: "yellow",
+    Phase.QUEUED: "yellow",
+    Phase.SUSPENDED: "yellow",
     Phase.RUNNING: "cyan",
 }
 
@@ -61,6 +63,9 @@ def what_it_does(status: FineTuneJobStatus) -> str:
     for kind in (ConditionType.FAILED, ConditionType.COMPLETE):
         if kind in by_type and by_type[kind].status == "True":
             return by_type[kind].message
+    suspended = by_type.get(ConditionType.SUSPENDED)
+    if suspended is not None and (suspended.status == "True" or suspended.reason == Reason.SUSPENDING):
+        return suspended.message
     stage = status.attempt.stage if status.attempt else "prepare"
     current = {"prepare": ConditionType.VALIDATED, "train": ConditionType.RUNNING, "export": ConditionType.EXPORTED}
     condition = by_type.get(current[stage])
@@ -100,7 +105,7 @@ def line(job: FineTuneJob) -> str:
             parts.append(f"loss {progress.loss}")
         if progress.eta and status.phase is Phase.RUNNING:
             parts.append(f"ETA {progress.eta}")
-    if status.phase in (None, Phase.PENDING, Phase.STARTING, Phase.RESTARTING):
+    if status.phase in (None, Phase.PENDING, Phase.QUEUED, Phase.STARTING, Phase.RESTARTING, Phase.SUSPENDED):
         parts.append(what_it_does(status))
     return "  ".join(parts)
 
@@ -138,6 +143,8 @@ def summary(job: FineTuneJob) -> Text:
         facts.append(("Checkpoint", f"step {status.checkpoint.step}: {status.checkpoint.uri}"))
     if status.restarts and (status.restarts.charged or status.restarts.preemptions):
         facts.append(("Restarts", _restarts(status.restarts)))
+    if status.usage and status.usage.gpu_seconds:
+        facts.append(("GPU time", _gpu_time(status.usage)))
     if status.verification:
         facts.append(("Verified", f"mean KL {status.verification.mean_kl} nats from the trained model"))
     for artifact in status.artifacts:
@@ -158,6 +165,13 @@ def _restarts(restarts: Restarts) -> str:
         return f"{number} {word}{'' if number == 1 else 's'}"
 
     return f"{count(restarts.charged, 'restart')} after failures, {count(restarts.preemptions, 'preemption')}"
+
+
+def _gpu_time(usage: Usage) -> str:
+    return (
+        f"{format_duration(usage.gpu_seconds)}, {format_duration(usage.wasted_gpu_seconds)} of it without a step that "
+        "the result has"
+    )
 
 
 def format_size(size: int) -> str:
