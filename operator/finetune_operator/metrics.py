@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from finetune_api.status import FineTuneJobStatus, Phase
@@ -68,7 +68,8 @@ class Metrics:
             registry=self.registry,
         )
         self._statuses: dict[tuple[str, str], FineTuneJobStatus] = {}
-        self.registry.register(_Jobs(self._statuses))
+        self._gpu_seconds: dict[tuple[str, str], float] = {}
+        self.registry.register(_Jobs(self._statuses, self._gpu_seconds))
 
     def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
         self.requests.labels(verb, resource, str(code)).inc()
@@ -90,6 +91,7 @@ class Metrics:
     def forget(self, namespace: str, name: str) -> None:
         """The job is gone, and its series with it."""
         self._statuses.pop((namespace, name), None)
+        self._gpu_seconds.pop((namespace, name), None)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
@@ -98,10 +100,14 @@ class Metrics:
 class _Jobs(Collector):
     """Gauges made from the last known status of every job."""
 
-    def __init__(self, statuses: dict[tuple[str, str], FineTuneJobStatus]) -> None:
+    def __init__(
+        self, statuses: dict[tuple[str, str], FineTuneJobStatus], gpu_seconds: dict[tuple[str, str], float]
+    ) -> None:
         self._statuses = statuses
+        self._shown = gpu_seconds
+        """A counter must not go back where the clocks of nodes do not agree."""
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         counts: dict[tuple[str, str], int] = {}
         per_job = ["namespace", "name"]
         progress = GaugeMetricFamily("finetune_job_progress_ratio", "Share of the steps that are done.", labels=per_job)
@@ -112,8 +118,17 @@ class _Jobs(Collector):
         evaluation = GaugeMetricFamily(
             "finetune_job_eval_loss", "Token-weighted loss on the validation rows.", labels=[*per_job, "model"]
         )
+        gpu = CounterMetricFamily("finetune_job_gpu_seconds", "GPUs times the seconds they were held.", labels=per_job)
+        wasted = CounterMetricFamily(
+            "finetune_job_wasted_gpu_seconds",
+            "Those of attempts that have ended in which no step was made that the result has.",
+            labels=per_job,
+        )
         for (namespace, name), status in self._statuses.items():
             key = [namespace, name]
+            self._shown[namespace, name] = max(_gpu_seconds(status), self._shown.get((namespace, name), 0.0))
+            gpu.add_metric(key, self._shown[namespace, name])
+            wasted.add_metric(key, status.usage.wasted_gpu_seconds if status.usage else 0)
             phase = (namespace, str(status.phase or Phase.PENDING))
             counts[phase] = counts.get(phase, 0) + 1
             if status.progress is not None:
@@ -134,4 +149,14 @@ class _Jobs(Collector):
         jobs = GaugeMetricFamily("finetune_jobs", "Jobs by phase.", labels=["namespace", "phase"])
         for (namespace, name), count in sorted(counts.items()):
             jobs.add_metric([namespace, name], count)
-        yield from (jobs, progress, step, loss, eta, restarts, evaluation)
+        yield from (jobs, progress, step, loss, eta, restarts, evaluation, gpu, wasted)
+
+
+def _gpu_seconds(status: FineTuneJobStatus) -> float:
+    """Of the attempts that have ended, and of the one that runs as far as it is known to."""
+    seconds = float(status.usage.gpu_seconds if status.usage else 0)
+    attempt, progress = status.attempt, status.progress
+    if attempt is None or attempt.start_time is None or attempt.end_time is not None or progress is None:
+        return seconds
+    ran = (parse_time(progress.last_updated_time) - parse_time(attempt.start_time)).total_seconds()
+    return seconds + attempt.gpus * max(0.0, ran)
