@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import UID, job_body
+from builders import UID, child_job, job_body
 from helm_chart import NAMESPACE, Object, of_kind, rendered_example, the
 
 from finetune_api import GROUP, VERSION
+from finetune_api.names import LABEL_ATTEMPT, LABEL_JOB_UID, LABEL_STAGE, Stage
 from finetune_operator import handlers, kube
 from finetune_operator.config import Settings
 from finetune_operator.handlers import Operator, build_registry
@@ -31,6 +32,14 @@ Right = tuple[str, str, str]
 CODE = Path(handlers.__file__).parent
 VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
 LONG_AGO = "2026-01-01T00:00:00Z"
+NAMES = ("free", "blocked", "halted", "over")
+POSITION = {LABEL_STAGE: "prepare", LABEL_ATTEMPT: "1"}
+OVER = {
+    "completionTime": LONG_AGO,
+    "conditions": [
+        {"type": "Failed", "status": "True", "reason": "UserError", "message": "", "lastTransitionTime": LONG_AGO}
+    ],
+}
 
 
 class Response:
@@ -116,13 +125,17 @@ def calls() -> list[tuple[str, range]]:
 
 
 def jobs_in_all_situations() -> dict[str, Object]:
-    """Objects by path: one job whose way is free, and two whose children's names are somebody else's."""
+    """Objects by path: one job whose way is free, two whose children's names are somebody else's, and one that is over
+    and has left a child."""
     objects: dict[str, Object] = {
         "/api/v1/namespaces/team/configmaps/blocked-prepare-1": {"metadata": {"name": "blocked-prepare-1"}},
         "/apis/batch/v1/namespaces/team/jobs/halted-prepare-1": {"metadata": {"name": "halted-prepare-1"}},
     }
-    for name in ("free", "blocked", "halted"):
-        job = job_body()
+    child = child_job(Stage.PREPARE)
+    child["metadata"] |= {"name": "over-prepare-1", "labels": {LABEL_JOB_UID: f"{UID}-over", **POSITION}}
+    objects["/apis/batch/v1/namespaces/team/jobs/over-prepare-1"] = child
+    for name in NAMES:
+        job = job_body(OVER if name == "over" else None, ttlSecondsAfterFinished=0)
         job["metadata"] |= {"name": name, "uid": f"{UID}-{name}"}
         objects[f"/apis/{GROUP}/{VERSION}/namespaces/team/finetunejobs/{name}"] = job
     return objects
@@ -142,7 +155,7 @@ async def used(monkeypatch: pytest.MonkeyPatch) -> set[Right]:
     await operator.start()
     missing = calls()
     for _ in range(100):
-        for name in ("free", "blocked", "halted"):
+        for name in NAMES:
             operator.mark("team", name)
         await asyncio.sleep(0.02)
         missing = [

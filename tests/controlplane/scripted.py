@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -22,8 +22,8 @@ from finetune_api.report import Report
 _ADDRESSES = itertools.count(2)
 
 
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _now(ago: float = 0) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=ago)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class ScriptedKubelet:
@@ -56,9 +56,9 @@ class ScriptedKubelet:
         document = self.document(pod)
         return Report(job_uid=document["job"]["uid"], stage=document["stage"], attempt=document["attempt"], **fields)
 
-    def run(self, pod: dict[str, Any], ip: str = "127.0.0.1") -> None:
-        """Its container runs."""
-        state = {"running": {"startedAt": _now()}}
+    def run(self, pod: dict[str, Any], ip: str = "127.0.0.1", ago: float = 0) -> None:
+        """Its container runs, since so many seconds."""
+        state = {"running": {"startedAt": _now(ago)}}
         self._patch(pod, "Running", state, podIP=ip, podIPs=[{"ip": ip}], startTime=_now())
 
     def succeed(self, pod: dict[str, Any], report: Report | None = None) -> None:
@@ -81,6 +81,9 @@ class ScriptedKubelet:
     def remove(self, pod: dict[str, Any]) -> None:
         """The pod's object goes, as it does within a second of most ends."""
         self._client.delete(f"{self._pods}/{pod['metadata']['name']}", {"gracePeriodSeconds": 0})
+
+    def exists(self, pod: dict[str, Any]) -> bool:
+        return bool(self._client.get(f"{self._pods}/{pod['metadata']['name']}").code == 200)
 
     def _patch(self, pod: dict[str, Any], phase: str, state: dict[str, Any], **more: Any) -> None:
         status = {

@@ -51,7 +51,8 @@ class MortalKube(Kube):
 
 
 async def live(server: TestServer, namespace: str, name: str, dies_at: tuple[int, str] | None) -> int:
-    """Play a whole life, with one preemption in it, with an operator that dies once; returns how often it wrote."""
+    """Play a whole life, with a preemption and a suspension in it, with an operator that dies once; returns how often
+    it wrote."""
     client = server.client
     path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
     assert client.create(path, manifest(name, failurePolicy={"backoffSeconds": 0})).code == 201
@@ -86,7 +87,13 @@ async def live(server: TestServer, namespace: str, name: str, dies_at: tuple[int
         ]
 
     try:
-        script = [("prepare", 1, "succeed"), ("train", 1, "disrupt"), ("train", 2, "succeed"), ("export", 1, "succeed")]
+        script = [
+            ("prepare", 1, "succeed"),
+            ("train", 1, "disrupt"),
+            ("train", 2, "suspend"),
+            ("train", 3, "succeed"),
+            ("export", 1, "succeed"),
+        ]
         for stage, attempt, end in script:
             for _ in range(20):
                 await look()
@@ -96,7 +103,20 @@ async def live(server: TestServer, namespace: str, name: str, dies_at: tuple[int
             pod = kubelet.pod(stage, attempt)
             kubelet.run(pod)
             await look()
-            getattr(kubelet, end)(pod)
+            if end == "suspend":
+                assert client.patch(f"{path}/{name}", {"spec": {"suspend": True}}).code == 200
+                for _ in range(20):
+                    await look()
+                    if not active(stage):
+                        break
+                kubelet.remove(pod)
+                eventually(lambda p=pod: not kubelet.exists(p))
+                for _ in range(20):
+                    if (await look()).get("phase") == "Suspended" and kube.dies_at is None:
+                        break
+                assert client.patch(f"{path}/{name}", {"spec": {"suspend": False}}).code == 200
+            else:
+                getattr(kubelet, end)(pod)
             eventually(lambda s=stage: not active(s))
         for _ in range(20):
             status = await look()
@@ -105,12 +125,19 @@ async def live(server: TestServer, namespace: str, name: str, dies_at: tuple[int
             if dies_at is None and status.get("phase") == "Succeeded":
                 break
         assert status["phase"] == "Succeeded"
-        assert status["restarts"] == {"charged": 0, "preemptions": 1}
+        assert status["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
+        assert [(past["stage"], past["number"], past["outcome"]) for past in status["history"]] == [
+            ("prepare", 1, "Succeeded"),
+            ("train", 1, "Preempted"),
+            ("train", 2, "Suspended"),
+            ("train", 3, "Succeeded"),
+            ("export", 1, "Succeeded"),
+        ]
         assert sorted(item["metadata"]["name"] for item in jobs()) == [
             f"{name}-export-1",
             f"{name}-prepare-1",
             f"{name}-train-1",
-            f"{name}-train-2",
+            f"{name}-train-3",
         ]
         return kube.writes
     finally:

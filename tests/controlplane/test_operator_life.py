@@ -32,9 +32,13 @@ class Job:
         self.path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs/{name}"
 
     def create(self, **spec: Any) -> None:
-        body = manifest(self.name, failurePolicy={"backoffSeconds": 0}, **spec)
+        body = manifest(self.name, **{"failurePolicy": {"backoffSeconds": 0}, **spec})
         answer = self._client.create(self.path.rpartition("/")[0], body)
         assert answer.code == 201, answer.body
+
+    def change(self, **spec: Any) -> None:
+        answer = self._client.patch(self.path, {"spec": spec})
+        assert answer.code == 200, answer.body
 
     def body(self) -> dict[str, Any]:
         found: dict[str, Any] = self._client.get(self.path).body
@@ -291,7 +295,14 @@ def test_a_failed_attempt_is_followed_by_one_that_may_resume(
     assert kubelet.document(export)["earlierAttempts"] == [3]
     play(job, kubelet, "export")
     status = job.until(phase="Succeeded")
-    assert status["restarts"] == {"charged": 2, "preemptions": 0}
+    assert status["restarts"] == {"charged": 2, "preemptions": 0, "outOfMemory": 0}
+    assert [(entry["stage"], entry["outcome"]) for entry in status["history"]] == [
+        ("prepare", "Succeeded"),
+        ("train", "Failed"),
+        ("train", "Failed"),
+        ("train", "Succeeded"),
+        ("export", "Succeeded"),
+    ]
     assert "failure" not in status
 
 

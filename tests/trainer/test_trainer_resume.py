@@ -153,6 +153,25 @@ def test_interrupted_training_ends_in_the_same_weights(
     assert report.evaluation == unbroken.report.evaluation
 
 
+def test_a_smaller_micro_batch_goes_on_with_the_same_rows(
+    train: Callable[..., Trained], make_job: MakeJob, tmp_path: Path
+) -> None:
+    """After the GPU ran out of memory: the losses of all steps are those of the run before, but for rounding."""
+    unbroken = train(**settings("Full"))
+    job = make_job(**settings("Full"))
+    job.run("prepare")
+    interrupted_once(job)
+    job.overrides["micro_batch_limit"] = 3
+    report = job.run("train", 2, (1,))
+    assert report.resumed_from_step == 6
+    assert report.resolved is not None
+    assert (report.resolved.micro_batch_size, report.resolved.gradient_accumulation_steps) == (3, 4)
+    _, losses = handed_over(job, 2, tmp_path / "smaller")
+    _, expected = handed_over(unbroken.job, 1, tmp_path / "unbroken")
+    assert [entry["step"] for entry in losses] == list(range(1, 13))
+    assert [entry["loss"] for entry in losses] == pytest.approx([entry["loss"] for entry in expected], rel=1e-3)
+
+
 def test_sigterm_before_the_first_step(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to save, and it is not said that there was."""
     job = make_job()

@@ -32,7 +32,7 @@ from finetune_operator.resource import format_time
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
 PREPARED = complete(PREPARE)
 BEGIN = {PREPARE: Story.look, TRAIN: Story.prepared, EXPORT: Story.trained}
-STORED = CheckpointResult(step=40, uri="s3://w/c/40")
+STORED = CheckpointResult(step=5, uri="s3://w/c/5")
 
 
 def suspend(story: Story, value: bool = True) -> None:
@@ -449,7 +449,7 @@ class TestAccounts:
         """20 s on 4 GPUs: 5 steps of 2 s reached a checkpoint, 2 more were lost, the rest was loading."""
         story = Story(resources={"gpusPerNode": 4}, failurePolicy={"backoffSeconds": 0})
         story.prepared()
-        live = report(TRAIN, resumed_from_step=0, progress=progress(7), checkpoint=STORED.model_copy(update={"step": 5}))
+        live = report(TRAIN, resumed_from_step=0, progress=progress(7), checkpoint=STORED)
         story.look(*running(TRAIN), live=live)
         story.look([disrupted(TRAIN, 1)], [ended_pod(TRAIN, 1, 75, live)])
         usage = story.body["status"]["usage"]

@@ -22,6 +22,7 @@ NOT_CHECKED = (
     "Invalid value: null: some validation rules were not checked because the object was invalid; correct the existing "
     "errors to complete validation",
 )
+WHILE = "can be changed only while the job is suspended: set suspend to true first"
 IMMUTABLE = "cannot be changed after the job was created: delete the job and create it anew"
 
 
@@ -43,7 +44,7 @@ def test_defaults_are_stored(client: Client, tunes: str) -> None:
         "type": "SFT",
         "adapter": {"type": "QLoRA", "lora": {"rank": 16, "alpha": 32, "dropout": "0"}},
     }
-    assert spec["failurePolicy"] == {"maxRestarts": 3, "backoffSeconds": 30}
+    assert spec["failurePolicy"] == {"maxRestarts": 3, "backoffSeconds": 30, "rules": []}
     # A default is filled in only where its parent is there.
     assert "quantization" not in spec["method"]["adapter"]
     assert "columns" not in spec["dataset"]
@@ -316,14 +317,16 @@ def test_names_that_no_object_may_have(client: Client, tunes: str) -> None:
     assert required in answer.causes
 
 
-CHANGES: list[dict[str, Any]] = [
+NEVER: list[dict[str, Any]] = [
     {"model": {"uri": "s3://models/other"}},
     {"dataset": {"train": [{"uri": "s3://datasets/other.jsonl"}]}},
     {"method": {"adapter": {"type": "LoRA"}}},
     {"hyperparameters": {"seed": 1}},
     {"evaluation": {"everySteps": 5}},
-    {"checkpoint": {"keepLast": 5}},
     {"output": {"uri": "s3://models/other"}},
+]
+WHILE_SUSPENDED: list[dict[str, Any]] = [
+    {"checkpoint": {"keepLast": 5}},
     {"resources": {"gpusPerNode": 2}},
     {"stages": {"export": {"cpu": "2"}}},
     {"scheduling": {"nodeSelector": {"a": "b"}}},
@@ -331,24 +334,77 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
-def test_what_cannot_be_changed(client: Client, tunes: str, change: dict[str, Any]) -> None:
+def name_of(change: dict[str, Any]) -> str:
+    return next(iter(change))
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+@pytest.mark.parametrize("change", NEVER, ids=name_of)
+def test_what_can_never_be_changed(client: Client, tunes: str, change: dict[str, Any], suspended: bool) -> None:
+    client.create(tunes, manifest(suspend=suspended))
+    answer = client.patch(f"{tunes}/support-bot", {"spec": change})
+    assert answer.code == 422
+    assert answer.causes == {("FieldValueInvalid", "spec", f"Invalid value: {name_of(change)} {IMMUTABLE}")}
+
+
+@pytest.mark.parametrize("change", WHILE_SUSPENDED, ids=name_of)
+def test_what_can_be_changed_only_while_the_job_is_suspended(
+    client: Client, tunes: str, change: dict[str, Any]
+) -> None:
     client.create(tunes, manifest())
     answer = client.patch(f"{tunes}/support-bot", {"spec": change})
     assert answer.code == 422
-    assert answer.causes == {("FieldValueInvalid", "spec", f"Invalid value: {next(iter(change))} {IMMUTABLE}")}
+    assert answer.causes == {("FieldValueInvalid", "spec", f"Invalid value: {name_of(change)} {WHILE}")}
+    # Suspending it and changing it are two steps: its pods read what they were started with.
+    assert client.patch(f"{tunes}/support-bot", {"spec": {**change, "suspend": True}}).code == 422
+    assert client.patch(f"{tunes}/support-bot", {"spec": {"suspend": True}}).code == 200
+    assert client.patch(f"{tunes}/support-bot", {"spec": {**change, "suspend": False}}).code == 200
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"workURI": "s3://models/work"}),
+        ({"workURI": "s3://models/work"}, {"workURI": "s3://models/other"}),
+        ({"workURI": "s3://models/work"}, {"workURI": None}),
+    ],
+)
+def test_the_folder_of_work_files_never_moves(
+    client: Client, tunes: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    client.create(tunes, manifest(storage=before, suspend=True))
+    answer = client.patch(f"{tunes}/support-bot", {"spec": {"storage": after}})
+    assert answer.code == 422
+    assert all("storage.workURI cannot be changed" in message for _, _, message in answer.causes)
 
 
 def test_every_transition_rule_has_a_case() -> None:
-    fields = {rule.removeprefix("self.").split(" ")[0] for _, rule, _ in rules_of(CRD) if "oldSelf" in rule}
-    assert fields == {next(iter(change)) for change in CHANGES}
+    rules = [rule for _, rule, _ in rules_of(CRD) if "oldSelf" in rule and "workURI" not in rule]
+    fields = {rule.removeprefix("self.").split(" ")[0] for rule in rules}
+    assert fields == {name_of(change) for change in [*NEVER, *WHILE_SUSPENDED]}
 
 
-def test_what_can_be_changed(client: Client, tunes: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"failurePolicy": {"maxRestarts": 0}},
+        {"activeDeadlineSeconds": 60},
+        {"preRunningDeadlineSeconds": 60},
+        {"ttlSecondsAfterFinished": 60},
+        {"ttlSecondsAfterFailed": 60},
+        {"suspend": True},
+    ],
+    ids=name_of,
+)
+def test_what_can_always_be_changed(client: Client, tunes: str, change: dict[str, Any]) -> None:
     client.create(tunes, manifest())
-    answer = client.patch(f"{tunes}/support-bot", {"spec": {"failurePolicy": {"maxRestarts": 0}}})
+    answer = client.patch(f"{tunes}/support-bot", {"spec": change})
     assert answer.code == 200
-    assert answer.body["spec"]["failurePolicy"]["maxRestarts"] == 0
+    name = name_of(change)
+    if isinstance(change[name], dict):
+        assert answer.body["spec"][name].items() >= change[name].items()
+    else:
+        assert answer.body["spec"][name] == change[name]
 
 
 def test_sets_are_compared_without_order(client: Client, tunes: str) -> None:
