@@ -11,10 +11,13 @@ from pathlib import Path
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import JobError
+from finetune_trainer.layout import PodDisk
 from finetune_trainer.main import _quiet_libraries
 from finetune_trainer.storage import Folder, ObjectInfo, open_folder
+from finetune_trainer.trust import trust_bundle
 
 _quiet_libraries()
+trust_bundle(PodDisk.from_environment().run)
 folders: dict[str, Folder] = {}
 
 
