@@ -157,7 +157,7 @@ def _work_volume(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage)
     claim = {
         "accessModes": ["ReadWriteOnce"],
         "storageClassName": asked.storage_class_name,
-        "resources": {"requests": {"storage": asked.ephemeral_storage or disk(spec, status, stage)}},
+        "resources": {"requests": {"storage": disk(spec, status, stage)}},
     }
     return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
@@ -246,9 +246,8 @@ def _asked(spec: FineTuneJobSpec, stage: Stage) -> Resources | StageResources:
 
 def _resources(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> dict[str, Any]:
     asked = _asked(spec, stage)
-    memory = asked.memory or derived_memory(spec, status, stage)
-    requests = {"memory": memory}
-    limits = {"memory": memory}
+    requests = {"memory": memory(spec, status, stage)}
+    limits = dict(requests)
     resources: dict[str, Any] = {"requests": requests, "limits": limits}
     if isinstance(asked, Resources):
         gpus = asked.gpus_per_node
@@ -259,22 +258,31 @@ def _resources(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -
             resources["claims"] = [{"name": claim.name} for claim in asked.resource_claims]
     else:
         requests["cpu"] = asked.cpu
-    if not asked.storage_class_name:
-        size = asked.ephemeral_storage or disk(spec, status, stage)
-        if quantity_bytes(size):
-            requests["ephemeral-storage"] = size
-        if asked.ephemeral_storage and quantity_bytes(size):
+    size = disk(spec, status, stage)
+    if not asked.storage_class_name and quantity_bytes(size):
+        requests["ephemeral-storage"] = size
+        if asked.ephemeral_storage:
             # Only a size that somebody chose is a limit: a pod that exceeds it is killed, and an estimate may be wrong.
             limits["ephemeral-storage"] = size
     return resources
 
 
-def derived_memory(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> str:
-    """The memory that a stage gets when the job names none."""
-    resolved = status.resolved or Resolved()
+def resolved(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> Resolved | None:
+    """What is known of the job, and what the pod of a stage asks for."""
+    if stage is Stage.PREPARE:
+        return status.resolved
+    sizes = {f"{stage}_memory": memory(spec, status, stage), f"{stage}_ephemeral_storage": disk(spec, status, stage)}
+    return (status.resolved or Resolved()).model_copy(update=sizes)
+
+
+def memory(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> str:
+    """Memory of a pod: what the job names, or what follows from the model."""
+    if chosen := _asked(spec, stage).memory:
+        return chosen
+    known = status.resolved or Resolved()
     if stage is Stage.TRAIN:
-        return train_memory(spec, resolved)
-    return export_memory(resolved) if stage is Stage.EXPORT else "2Gi"
+        return train_memory(spec, known)
+    return export_memory(known) if stage is Stage.EXPORT else "2Gi"
 
 
 def train_memory(spec: FineTuneJobSpec, resolved: Resolved) -> str:
@@ -300,7 +308,9 @@ def export_memory(resolved: Resolved) -> str:
 
 
 def disk(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> str:
-    """Disk of a pod, as far as it can be known: /work, /tmp and the log."""
+    """Disk of a pod: what the job names, or what follows from the model for /work, /tmp and the log."""
+    if chosen := _asked(spec, stage).ephemeral_storage:
+        return chosen
     resolved = status.resolved or Resolved()
     if stage is Stage.PREPARE:
         return "2Gi"

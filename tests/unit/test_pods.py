@@ -9,7 +9,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from builders import SETTINGS, job_body
+from builders import SETTINGS, Story, complete, job_body
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pod_security import violations
@@ -279,6 +279,18 @@ class TestDisk:
         context = {"securityContext": {"fsGroup": 7}}
         assert pod(resources={"storageClassName": "fast"}, podTemplate=context)["securityContext"]["fsGroup"] == 7
         assert "fsGroup" not in pod()["securityContext"]
+
+    def test_what_a_pod_asks_for_is_in_the_status(self) -> None:
+        story = Story(resources={"memory": "48Gi"})
+        story.prepared()
+        story.look([complete(Stage.PREPARE), complete(Stage.TRAIN)])
+        resolved = story.body["status"]["resolved"]
+        assert resolved == {
+            "trainMemory": "48Gi",
+            "trainEphemeralStorage": "20Gi",
+            "exportMemory": "8Gi",
+            "exportEphemeralStorage": "20Gi",
+        }
 
     @staticmethod
     def asked(stage: Stage, **fields: Any) -> dict[str, Any]:
