@@ -116,8 +116,8 @@ RULES: dict[FailureClass, _Rule] = {
     FailureClass.KILLED: _Rule(
         None,
         Disposition.RESTART,
-        "The container was killed; most often it was out of memory, or over its limit of ephemeralStorage. Raise it for "
-        "this stage if that repeats.",
+        "The container was killed; most often it was out of memory, or over its limit of ephemeralStorage. Raise it "
+        "for this stage if that repeats.",
     ),
 }
 
