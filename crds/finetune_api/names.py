@@ -31,6 +31,7 @@ DOCUMENT_FILE = "job.json"
 WORK_MOUNT = "/work"
 CA_MOUNT = "/etc/finetune-ca"
 CA_FILE = "ca.crt"
+CACHE_MOUNT = "/cache"
 TERMINATION_PATH = "/dev/termination-log"
 
 ENV_DOCUMENT = "FINETUNE_DOCUMENT"
@@ -40,6 +41,7 @@ ENV_POD_NAME = "POD_NAME"
 ENV_POD_IP = "POD_IP"
 ENV_NODE_NAME = "NODE_NAME"
 ENV_CA_BUNDLE = "FINETUNE_CA_BUNDLE"
+ENV_MODEL_CACHE = "FINETUNE_MODEL_CACHE"
 
 
 def child_name(job_name: str, stage: Stage, attempt: int) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, ObjectName, Quantity, cel, validations
-from finetune_api.names import CA_MOUNT, DOCUMENT_MOUNT, WORK_MOUNT
+from finetune_api.names import CA_MOUNT, CACHE_MOUNT, DOCUMENT_MOUNT, WORK_MOUNT
 
 _QUALIFIED = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 _A_KEY = "such as team or example.com/team: letters, digits, '-', '_' and '.', with a domain before '/' or without"
@@ -314,7 +314,7 @@ OWN_VARIABLES = (
 )
 """Variables that operator, trainer and device plugins set. Those that begin with FINETUNE_ are theirs, too."""
 
-OWN_VOLUMES = ("document", "work", "tmp", "shm", "ca-bundle")
+OWN_VOLUMES = ("document", "work", "tmp", "shm", "ca-bundle", "model-cache")
 """Names of the operator's own volumes."""
 
 
@@ -498,7 +498,7 @@ class Volume(ApiModel):
     """A volume of a CSI driver."""
 
 
-_OWN_PATHS = "|".join(path.removeprefix("/") for path in ("/dev", "/proc", "/sys", "/tmp", WORK_MOUNT))
+_OWN_PATHS = "|".join(path.removeprefix("/") for path in ("/dev", "/proc", "/sys", "/tmp", WORK_MOUNT, CACHE_MOUNT))
 _OWN_FILES = "|".join(path.removeprefix("/") for path in (DOCUMENT_MOUNT, CA_MOUNT))
 
 
@@ -553,8 +553,8 @@ class PodSecurityContext(ApiModel):
     run_as_group: _Id | None = None
     """Group number. Absent: that of the image."""
     fs_group: _Id | None = None
-    """Group that owns the pod's volumes, so that the processes may write to them. Absent: 65532 where the work disk is
-    a volume of a storage class, else none."""
+    """Group that owns the pod's volumes, so that the processes may write to them. Absent: 65532 where the operator
+    mounts a volume that must be written to (storageClassName, storage.modelCache), else none."""
     fs_group_change_policy: Literal["OnRootMismatch", "Always"] | None = None
     """OnRootMismatch changes the owner of a volume's files only when that of the root is wrong, which is fast."""
     supplemental_groups: Annotated[list[_Id], Field(min_length=1, max_length=16)] | None = None
@@ -634,7 +634,7 @@ class PodTemplate(ApiModel):
     """Whom the pods' processes run as."""
 
 
-# Trust
+# How storage is reached
 
 
 class CABundle(ApiModel):
@@ -651,3 +651,11 @@ class CABundle(ApiModel):
     """A key of a ConfigMap."""
     secret_key_ref: KeySelector | None = None
     """A key of a Secret."""
+
+
+class ModelCache(ApiModel):
+    """A volume on which base models are kept between jobs."""
+
+    claim_name: ObjectName
+    """A PersistentVolumeClaim of the job's namespace. Jobs that run at once need one that can be mounted by several
+    pods (ReadWriteMany)."""

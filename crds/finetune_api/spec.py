@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, Decimal, Fraction, ObjectName, Quantity, cel, validations
-from finetune_api.pod import CABundle, Placement, PodTemplate, ResourceClaim, Scheduling
+from finetune_api.pod import CABundle, ModelCache, Placement, PodTemplate, ResourceClaim, Scheduling
 
 MAX_NAME_LENGTH = 40
 """Child and host names are made from the job's name: `<name>-prepare-<n>` must fit 63 characters with a pod suffix."""
@@ -522,6 +522,9 @@ class Storage(ApiModel):
     """Service account of the pods, for cloud identities bound to it. No API token is mounted."""
     ca_bundle: CABundle | None = None
     """Certificates that are trusted besides the well-known ones when S3 and the model hub are reached."""
+    model_cache: ModelCache | None = None
+    """Volume on which base models are kept between jobs, so that they are downloaded once. A job gets from it only what
+    it could have read from the source itself."""
     work_uri: OutputURI | None = None
     """Folder of the work files (prepared rows, checkpoints, logs). Absent: .finetune/ below output.uri."""
 

@@ -5,7 +5,6 @@ What a job's podTemplate adds comes last and replaces nothing of the operator's 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from finetune_api.names import (
@@ -13,11 +12,13 @@ from finetune_api.names import (
     AGENT_PORT_NAME,
     CA_FILE,
     CA_MOUNT,
+    CACHE_MOUNT,
     CONTAINER,
     DOCUMENT_FILE,
     DOCUMENT_MOUNT,
     ENV_CA_BUNDLE,
     ENV_DOCUMENT,
+    ENV_MODEL_CACHE,
     ENV_NODE_NAME,
     ENV_POD_IP,
     ENV_POD_NAME,
@@ -27,14 +28,11 @@ from finetune_api.names import (
     WORK_MOUNT,
     Stage,
 )
-from finetune_api.pod import CABundle, Capacity, Placement, Scheduling
-from finetune_api.spec import AdapterType, FineTuneJobSpec, GPUAllocation, OutputDtype, Resources, StageResources
+from finetune_api.pod import CABundle, Capacity, ModelCache, Placement, Scheduling
+from finetune_api.spec import FineTuneJobSpec, GPUAllocation, Resources
 from finetune_api.status import FineTuneJobStatus, Resolved
+from finetune_operator import sizes
 from finetune_operator.config import Settings
-
-GIB = 1024**3
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
-_UNITS |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
 
 PREPARE_GRACE_SECONDS = 30
 """Prepare and export have nothing to save when they are stopped; they begin again."""
@@ -48,7 +46,7 @@ def build(
     """The spec of the pod that runs one attempt of a stage."""
     template = spec.pod_template
     is_train = stage is Stage.TRAIN
-    asked = _asked(spec, stage)
+    asked = sizes.asked(spec, stage)
     volumes: dict[str, dict[str, Any]] = {
         "document": {"configMap": {"name": document_name}},
         "work": _work_volume(spec, status, stage),
@@ -61,6 +59,9 @@ def build(
     if spec.storage.ca_bundle:
         volumes["ca-bundle"] = _ca_volume(spec.storage.ca_bundle)
         mounts["ca-bundle"] = CA_MOUNT
+    if cache := _model_cache(spec, stage):
+        volumes["model-cache"] = {"persistentVolumeClaim": {"claimName": cache.claim_name}}
+        mounts["model-cache"] = CACHE_MOUNT
     volume_mounts: list[dict[str, Any]] = [
         {"name": name, "mountPath": path} | ({"readOnly": True} if path.startswith("/etc/") else {})
         for name, path in mounts.items()
@@ -70,7 +71,7 @@ def build(
         "image": image(spec, settings),
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["finetune-trainer", "agent"],
-        "env": _environment(spec, settings),
+        "env": _environment(spec, stage, settings),
         "ports": [{"name": AGENT_PORT_NAME, "containerPort": AGENT_PORT}],
         "resources": _resources(spec, status, stage),
         "terminationMessagePath": TERMINATION_PATH,
@@ -91,7 +92,7 @@ def build(
         "volumes": own + [volume.to_json_dict() for volume in template.volumes or []],
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "securityContext": _security_context(spec, asked),
+        "securityContext": _security_context(spec, stage),
         "terminationGracePeriodSeconds": grace,
     }
     if spec.storage.service_account_name:
@@ -112,7 +113,7 @@ def image(spec: FineTuneJobSpec, settings: Settings) -> str:
 # What is in the pod
 
 
-def _environment(spec: FineTuneJobSpec, settings: Settings) -> list[dict[str, Any]]:
+def _environment(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> list[dict[str, Any]]:
     own = [
         {"name": ENV_DOCUMENT, "value": f"{DOCUMENT_MOUNT}/{DOCUMENT_FILE}"},
         {"name": ENV_WORK_DIR, "value": WORK_MOUNT},
@@ -124,6 +125,8 @@ def _environment(spec: FineTuneJobSpec, settings: Settings) -> list[dict[str, An
     ]
     if spec.storage.ca_bundle:
         own.append({"name": ENV_CA_BUNDLE, "value": f"{CA_MOUNT}/{CA_FILE}"})
+    if _model_cache(spec, stage):
+        own.append({"name": ENV_MODEL_CACHE, "value": CACHE_MOUNT})
     asked = [variable.to_json_dict() for variable in spec.pod_template.env or []]
     named = {variable["name"] for variable in asked}
     proxies = {
@@ -149,25 +152,31 @@ def _ca_volume(bundle: CABundle) -> dict[str, Any]:
     return {kind: {name: reference.name, "items": [{"key": reference.key, "path": CA_FILE}]}}
 
 
+def _model_cache(spec: FineTuneJobSpec, stage: Stage) -> ModelCache | None:
+    """The cache, where weights are read: prepare reads no more than their headers."""
+    return None if stage is Stage.PREPARE else spec.storage.model_cache
+
+
 def _work_volume(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> dict[str, Any]:
     """The disk of the pod: the node's, or a volume that Kubernetes makes and removes with the pod."""
-    asked = _asked(spec, stage)
+    asked = sizes.asked(spec, stage)
     if not asked.storage_class_name:
         return {"emptyDir": {}}
     claim = {
         "accessModes": ["ReadWriteOnce"],
         "storageClassName": asked.storage_class_name,
-        "resources": {"requests": {"storage": disk(spec, status, stage)}},
+        "resources": {"requests": {"storage": sizes.disk(spec, status, stage)}},
     }
     return {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
 
 
-def _security_context(spec: FineTuneJobSpec, asked: Resources | StageResources) -> dict[str, Any]:
+def _security_context(spec: FineTuneJobSpec, stage: Stage) -> dict[str, Any]:
     context = spec.pod_template.security_context
     chosen: dict[str, Any] = context.to_json_dict() if context else {}
-    if asked.storage_class_name:
-        # A new volume belongs to root; the node's own disk is open to all processes of the pod.
-        chosen = {"fsGroup": IMAGE_USER} | chosen
+    if sizes.asked(spec, stage).storage_class_name or _model_cache(spec, stage):
+        # A new volume belongs to root; the node's own disk is open to all processes of the pod. To change the owner of
+        # all files of a large cache again and again would take minutes.
+        chosen = {"fsGroup": IMAGE_USER, "fsGroupChangePolicy": "OnRootMismatch"} | chosen
     return {**chosen, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 
 
@@ -238,15 +247,9 @@ def pairs(settings: tuple[str, ...]) -> list[tuple[str, str]]:
 # What it asks for
 
 
-def _asked(spec: FineTuneJobSpec, stage: Stage) -> Resources | StageResources:
-    if stage is Stage.TRAIN:
-        return spec.resources
-    return spec.stages.prepare if stage is Stage.PREPARE else spec.stages.export
-
-
 def _resources(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> dict[str, Any]:
-    asked = _asked(spec, stage)
-    requests = {"memory": memory(spec, status, stage)}
+    asked = sizes.asked(spec, stage)
+    requests = {"memory": sizes.memory(spec, status, stage)}
     limits = dict(requests)
     resources: dict[str, Any] = {"requests": requests, "limits": limits}
     if isinstance(asked, Resources):
@@ -258,8 +261,8 @@ def _resources(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -
             resources["claims"] = [{"name": claim.name} for claim in asked.resource_claims]
     else:
         requests["cpu"] = asked.cpu
-    size = disk(spec, status, stage)
-    if not asked.storage_class_name and quantity_bytes(size):
+    size = sizes.disk(spec, status, stage)
+    if not asked.storage_class_name and sizes.quantity_bytes(size):
         requests["ephemeral-storage"] = size
         if asked.ephemeral_storage:
             # Only a size that somebody chose is a limit: a pod that exceeds it is killed, and an estimate may be wrong.
@@ -271,75 +274,8 @@ def resolved(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> 
     """What is known of the job, and what the pod of a stage asks for."""
     if stage is Stage.PREPARE:
         return status.resolved
-    sizes = {f"{stage}_memory": memory(spec, status, stage), f"{stage}_ephemeral_storage": disk(spec, status, stage)}
-    return (status.resolved or Resolved()).model_copy(update=sizes)
-
-
-def memory(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> str:
-    """Memory of a pod: what the job names, or what follows from the model."""
-    if chosen := _asked(spec, stage).memory:
-        return chosen
-    known = status.resolved or Resolved()
-    if stage is Stage.TRAIN:
-        return train_memory(spec, known)
-    return export_memory(known) if stage is Stage.EXPORT else "2Gi"
-
-
-def train_memory(spec: FineTuneJobSpec, resolved: Resolved) -> str:
-    """Host memory of a train pod: /dev/shm, the libraries in each process, and the model once on its way to the GPUs;
-    on CPU the model, its gradients and optimiser state live there too."""
-    processes = max(1, spec.resources.gpus_per_node)
-    if resolved.weight_bytes is None:
-        return _gibibytes((13 + 3 * processes) * GIB)
-    times = 1.5 if spec.resources.gpus_per_node else 5
-    size = (1 + 3 * processes) * GIB + quantity_bytes(spec.resources.shared_memory) + int(times * resolved.weight_bytes)
-    if spec.method.adapter.type is AdapterType.FULL:
-        # A resumed attempt reads the optimiser's state, two floats for each weight, through host memory. On CPU the
-        # weights, the gradients and that state stay there, in float32.
-        size += (8 if spec.resources.gpus_per_node else 16) * (resolved.parameters or 0)
-    return _gibibytes(size)
-
-
-def export_memory(resolved: Resolved) -> str:
-    """Host memory of an export pod: libraries, and a few copies of the largest tensor in 32 bits."""
-    if resolved.largest_tensor_bytes is None:
-        return "8Gi"
-    return _gibibytes(3 * GIB + 8 * resolved.largest_tensor_bytes)
-
-
-def disk(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> str:
-    """Disk of a pod: what the job names, or what follows from the model for /work, /tmp and the log."""
-    if chosen := _asked(spec, stage).ephemeral_storage:
-        return chosen
-    resolved = status.resolved or Resolved()
-    if stage is Stage.PREPARE:
-        return "2Gi"
-    if resolved.weight_bytes is None or resolved.parameters is None:
-        return "20Gi"
-    parameters, adapter = resolved.parameters, spec.method.adapter
-    # A 4-bit base with its constants, on its way to storage, or from there.
-    quantized = 0.6 * parameters if adapter.type is AdapterType.QLORA else 0
-    if adapter.type is AdapterType.FULL:
-        trained = 4.0 * parameters
-    else:
-        # All linear layers with rank 16 have less than a hundredth of the parameters of the base.
-        trained = 4.0 * parameters * 0.01 * (adapter.lora.rank if adapter.lora else 16) / 16
-    if stage is Stage.TRAIN:
-        # The base and the rows, one checkpoint that is resumed from and two that are on their way to storage, each
-        # with two floats of the optimiser for each trained weight, and what is handed over at the end.
-        tokens = status.dataset.train_tokens if status.dataset else 0
-        return _gibibytes(int(2 * GIB + resolved.weight_bytes + quantized + 16 * tokens + (3 * 3 + 1) * trained))
-    # What was trained, the model that is published, and one file of the base at a time.
-    published = 4 * parameters if spec.output.dtype is OutputDtype.F32 else resolved.weight_bytes
-    return _gibibytes(int(2 * GIB + quantized + trained + published + min(resolved.weight_bytes, 10 * GIB)))
-
-
-def _gibibytes(size: int) -> str:
-    return f"{-(-size // GIB)}Gi"
-
-
-def quantity_bytes(text: str) -> int:
-    """A Kubernetes quantity of bytes."""
-    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", text)
-    assert match is not None, f"{text!r} is no quantity"
-    return int(float(match[1]) * _UNITS.get(match[2], 1))
+    asked = {
+        f"{stage}_memory": sizes.memory(spec, status, stage),
+        f"{stage}_ephemeral_storage": sizes.disk(spec, status, stage),
+    }
+    return (status.resolved or Resolved()).model_copy(update=asked)

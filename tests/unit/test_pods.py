@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pod_security import violations
 
+from finetune_api.document import spec_digest
 from finetune_api.names import DOCUMENT_FILE, Stage
 from finetune_api.pod import OWN_VARIABLES, OWN_VOLUMES
 from finetune_api.spec import FineTuneJobSpec
@@ -381,7 +382,10 @@ class TestPodTemplate:
             resources={"resourceClaims": claims, "storageClassName": "fast"},
             scheduling={**TestPlacement.PLACE, "capacity": "Spot", "gpuTypes": ["T"]},
             stages={"prepare": TestPlacement.PLACE, "export": {"storageClassName": "fast"}},
-            storage={"caBundle": {"secretKeyRef": {"name": "ca", "key": "ca.crt"}}},
+            storage={
+                "caBundle": {"secretKeyRef": {"name": "ca", "key": "ca.crt"}},
+                "modelCache": {"claimName": "models"},
+            },
             podTemplate=EVERYTHING,
         )
         for child in built:
@@ -441,6 +445,32 @@ class TestProxiesAndTrust:
         assert found == f"{mount['mountPath']}/ca.crt"
 
 
+class TestModelCache:
+    CACHE = {"modelCache": {"claimName": "models"}}
+
+    @pytest.mark.parametrize("stage", [Stage.TRAIN, Stage.EXPORT])
+    def test_the_claim_is_where_weights_are_read(self, stage: Stage) -> None:
+        built = pod(stage, storage=self.CACHE)
+        (volume,) = [item for item in built["volumes"] if item["name"] == "model-cache"]
+        assert volume["persistentVolumeClaim"] == {"claimName": "models"}
+        (mount,) = [item for item in built["containers"][0]["volumeMounts"] if item["name"] == "model-cache"]
+        assert mount == {"name": "model-cache", "mountPath": "/cache"}
+        assert environment(stage, storage=self.CACHE)["FINETUNE_MODEL_CACHE"]["value"] == "/cache"
+        # The process must be able to write, and a large cache keeps its owner.
+        assert built["securityContext"]["fsGroup"] == pods.IMAGE_USER
+        assert built["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+        assert violations(built) == []
+
+    def test_prepare_reads_no_weights(self) -> None:
+        assert pod(Stage.PREPARE, storage=self.CACHE) == pod(Stage.PREPARE)
+
+    def test_it_decides_nothing_about_the_result(self) -> None:
+        body = job_body(storage=self.CACHE)["spec"]
+        assert spec_digest(FineTuneJobSpec.model_validate(body)) == spec_digest(
+            FineTuneJobSpec.model_validate({**body, "storage": {}})
+        )
+
+
 # What is refused, and what is said
 
 
@@ -453,7 +483,10 @@ def refusals(**spec: Any) -> list[tuple[str, str]]:
 
 def test_own_names_are_those_of_the_pod() -> None:
     """What the rules refuse is what operator and agent set; no more than that is theirs."""
-    storage = {"caBundle": {"secretKeyRef": {"name": "ca", "key": "ca.crt"}}}
+    storage = {
+        "caBundle": {"secretKeyRef": {"name": "ca", "key": "ca.crt"}},
+        "modelCache": {"claimName": "models"},
+    }
     built = pod(storage=storage)
     assert {volume["name"] for volume in built["volumes"]} == set(OWN_VOLUMES)
     names = {name for name in environment(storage=storage) if not name.startswith("FINETUNE_")}
