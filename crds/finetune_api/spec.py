@@ -398,10 +398,17 @@ class Output(ApiModel):
     """What to do when the folder already holds another job's model: Fail before any GPU is taken, or Overwrite."""
 
 
+_A_SIZE_FOR_THE_CLASS = (
+    "!has(self.storageClassName) || !has(self.ephemeralStorage) || self.ephemeralStorage != '0'",
+    "a volume of storageClassName has a size: name it in ephemeralStorage, or leave ephemeralStorage out",
+)
+
+
 class Resources(ApiModel):
     """What a train pod asks for."""
 
     model_config = validations(
+        _A_SIZE_FOR_THE_CLASS,
         (
             "self.gpusPerNode <= 1 || !self.gpuResourceName.contains('/mig-')",
             "a process sees one MIG partition only: set gpusPerNode to 1, or choose a larger partition",
@@ -454,6 +461,8 @@ class Resources(ApiModel):
 
 class StageResources(Placement):
     """What the pod of a CPU stage asks for, and where it may run."""
+
+    model_config = validations(_A_SIZE_FOR_THE_CLASS)
 
     cpu: Quantity = "1"
     """CPU request."""

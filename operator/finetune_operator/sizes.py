@@ -67,7 +67,8 @@ def disk(spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage) -> str:
     if adapter.type is AdapterType.FULL:
         trained = 4.0 * parameters
     else:
-        # All linear layers with rank 16 have less than a hundredth of the parameters of the base.
+        # An adapter of rank 16 on all linear layers is less than a hundredth of a base of billions of parameters; it is
+        # more of a smaller one, but then the constant below is enough for all.
         trained = 4.0 * parameters * 0.01 * (adapter.lora.rank if adapter.lora else 16) / 16
     if stage is Stage.TRAIN:
         # The base and the rows, one checkpoint that is resumed from and two that are on their way to storage, each

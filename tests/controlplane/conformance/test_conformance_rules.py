@@ -289,6 +289,10 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     *((f"{where}.topologyKey", at(where, near(key="host name"))) for where in NEIGHBOURS),
     ("spec.resources", {"resources": {"gpusPerNode": 2, "gpuResourceName": "nvidia.com/mig-3g.40gb"}}),
     ("spec.resources", {"resources": {"gpuAllocation": "ResourceClaims"}}),
+    *(
+        (where, at(where, {"storageClassName": "fast", "ephemeralStorage": "0"}))
+        for where in ("spec.resources", "spec.stages.prepare", "spec.stages.export")
+    ),
     ("spec.resources.resourceClaims[0]", {"resources": {"resourceClaims": [{"name": "gpus"}]}}),
     ("spec", {"resources": {"gpusPerNode": 0}, "scheduling": {"gpuTypes": ["NVIDIA-H200"]}}),
     *((f"spec.podTemplate.{kind}", {"podTemplate": {kind: {"a b": "c"}}}) for kind in ("labels", "annotations")),
