@@ -169,6 +169,6 @@ def test_a_whole_pod(
         assert run.report.failure is not None
         assert "storage.caBundle" in run.report.failure.message
         return
-    assert code == 0, run.text
+    assert code == 0, run.text()
     stored = client.get_object(Bucket=job.bucket.name, Key=f"{job.work}/prepare/1/report.json")["Body"].read()
     assert json.loads(stored)["outcome"] == "Succeeded"
