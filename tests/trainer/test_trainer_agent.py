@@ -126,7 +126,7 @@ class TestEnds:
             ("os.kill(os.getpid(), signal.SIGKILL)", FailureClass.UNKNOWN, "was killed (SIGKILL) by something outside"),
             ("os.kill(os.getpid(), signal.SIGSEGV)", FailureClass.UNKNOWN, "The process died (SIGSEGV)"),
             ("raise MemoryError", FailureClass.OUT_OF_MEMORY_HOST, "Raise the memory of this stage"),
-            ("raise OSError(28, 'No space left on device')", FailureClass.DISK_FULL, "more space"),
+            ("raise OSError(28, 'No space left on device')", FailureClass.DISK_FULL, "Raise ephemeralStorage"),
             ("sys.exit(0)", FailureClass.UNKNOWN, "SystemExit: 0"),
         ],
     )
