@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("KUBECONFIG", None)
 # A tiny model gains nothing from threads, and loses much when they wait for a core.
 os.environ["OMP_NUM_THREADS"] = "1"
-for folder in ("unit", "controlplane", "trainer", "e2e", "simulation"):
+for folder in ("unit", "controlplane", "trainer", "e2e", "simulation", "chart"):
     sys.path.append(str(Path(__file__).parent / folder))
 
 

@@ -80,7 +80,9 @@ RULES: dict[FailureClass, _Rule] = {
         "output.uri already holds another job's model. Choose another folder, or set output.onExisting to Overwrite.",
     ),
     FailureClass.DISK_FULL: _Rule(
-        74, Disposition.FAIL, "The pod's disk is full. Use nodes with more ephemeral storage."
+        74,
+        Disposition.FAIL,
+        "The pod's disk is full. Raise ephemeralStorage of this stage, or name a storageClassName.",
     ),
     FailureClass.TERMINATED: _Rule(
         75, Disposition.RESTART, "The pod was stopped from outside, for example by kubectl delete pod."
@@ -126,7 +128,8 @@ RULES: dict[FailureClass, _Rule] = {
     FailureClass.KILLED: _Rule(
         None,
         Disposition.RESTART,
-        "The container was killed; most often it was out of memory. Raise the memory of this stage if it repeats.",
+        "The container was killed; most often it was out of memory, or over its limit of ephemeralStorage. Raise it "
+        "for this stage if that repeats.",
     ),
 }
 

@@ -29,6 +29,9 @@ AGENT_PORT_NAME = "metrics"
 DOCUMENT_MOUNT = "/etc/finetune"
 DOCUMENT_FILE = "job.json"
 WORK_MOUNT = "/work"
+CA_MOUNT = "/etc/finetune-ca"
+CA_FILE = "ca.crt"
+CACHE_MOUNT = "/cache"
 TERMINATION_PATH = "/dev/termination-log"
 
 ENV_DOCUMENT = "FINETUNE_DOCUMENT"
@@ -37,6 +40,8 @@ ENV_TERMINATION_PATH = "FINETUNE_TERMINATION_PATH"
 ENV_POD_NAME = "POD_NAME"
 ENV_POD_IP = "POD_IP"
 ENV_NODE_NAME = "NODE_NAME"
+ENV_CA_BUNDLE = "FINETUNE_CA_BUNDLE"
+ENV_MODEL_CACHE = "FINETUNE_MODEL_CACHE"
 
 
 def child_name(job_name: str, stage: Stage, attempt: int) -> str:

@@ -16,6 +16,7 @@ from pydantic import Field, StringConstraints
 
 from finetune_api.base import ApiModel, Decimal, Fraction, ObjectName, Quantity, cel, validations
 from finetune_api.failures import RULED_CLASSES, FailureClass
+from finetune_api.pod import CABundle, ModelCache, Placement, PodTemplate, ResourceClaim, Scheduling
 
 MAX_NAME_LENGTH = 40
 """Child and host names are made from the job's name: `<name>-prepare-<n>` must fit 63 characters with a pod suffix."""
@@ -97,6 +98,11 @@ class Artifact(StrEnum):
 class OnExisting(StrEnum):
     FAIL = "Fail"
     OVERWRITE = "Overwrite"
+
+
+class GPUAllocation(StrEnum):
+    DEVICE_PLUGIN = "DevicePlugin"
+    RESOURCE_CLAIMS = "ResourceClaims"
 
 
 class AddressingStyle(StrEnum):
@@ -398,75 +404,91 @@ class Output(ApiModel):
     """What to do when the folder already holds another job's model: Fail before any GPU is taken, or Overwrite."""
 
 
+_A_SIZE_FOR_THE_CLASS = (
+    "!has(self.storageClassName) || !has(self.ephemeralStorage) || self.ephemeralStorage != '0'",
+    "a volume of storageClassName has a size: name it in ephemeralStorage, or leave ephemeralStorage out",
+)
+
+
 class Resources(ApiModel):
     """What a train pod asks for."""
+
+    model_config = validations(
+        _A_SIZE_FOR_THE_CLASS,
+        (
+            "self.gpusPerNode <= 1 || !self.gpuResourceName.contains('/mig-')",
+            "a process sees one MIG partition only: set gpusPerNode to 1, or choose a larger partition",
+        ),
+        (
+            "self.gpuAllocation != 'ResourceClaims' || (has(self.resourceClaims) && self.gpusPerNode > 0)",
+            "gpuAllocation ResourceClaims needs resourceClaims that hold the GPUs, and gpusPerNode that counts them",
+        ),
+    )
 
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
     """GPUs of the train pod, one process each; 0 trains on CPU."""
     gpu_resource_name: Annotated[
-        str, StringConstraints(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", min_length=3, max_length=128)
+        str,
+        StringConstraints(
+            pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
+            min_length=3,
+            max_length=128,
+        ),
     ] = "nvidia.com/gpu"
     """Extended resource that stands for a GPU, such as nvidia.com/gpu, amd.com/gpu or nvidia.com/mig-3g.40gb."""
+    gpu_allocation: GPUAllocation = GPUAllocation.DEVICE_PLUGIN
+    """DevicePlugin asks for gpusPerNode of gpuResourceName. ResourceClaims leaves the GPUs to resourceClaims, which
+    must hold as many as gpusPerNode says."""
+    resource_claims: (
+        Annotated[
+            list[ResourceClaim],
+            Field(
+                min_length=1,
+                max_length=8,
+                json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+            ),
+        ]
+        | None
+    ) = None
+    """Devices by dynamic resource allocation (Kubernetes 1.34 or newer): GPUs, or network cards beside them."""
     cpu: Quantity | None = None
     """CPU request. Absent: 4 for each GPU, 1 without."""
     memory: Quantity | None = None
     """Memory request and limit. Absent: derived from the size of the model."""
     shared_memory: Quantity = "2Gi"
     """Size limit of /dev/shm, which counts towards memory."""
+    ephemeral_storage: Quantity | None = None
+    """Disk for base model and checkpoints: request and limit. Absent: a request that is derived from the size of the
+    model, without a limit. "0" asks for nothing."""
+    storage_class_name: ObjectName | None = None
+    """StorageClass of a volume that is made for each pod, as large as ephemeralStorage, and removed with it. Absent:
+    the node's own disk."""
 
 
-class StageResources(ApiModel):
-    """What the pod of a CPU stage asks for."""
+class StageResources(Placement):
+    """What the pod of a CPU stage asks for, and where it may run."""
+
+    model_config = validations(_A_SIZE_FOR_THE_CLASS)
 
     cpu: Quantity = "1"
     """CPU request."""
     memory: Quantity | None = None
     """Memory request and limit. Absent: 2Gi for prepare; for export derived from the model's largest tensor."""
+    ephemeral_storage: Quantity | None = None
+    """Disk for data or models: request and limit. Absent: a request of 2Gi for prepare, and for export one that is
+    derived from the size of the model, without a limit. "0" asks for nothing."""
+    storage_class_name: ObjectName | None = None
+    """StorageClass of a volume that is made for the pod, as large as ephemeralStorage, and removed with it. Absent: the
+    node's own disk."""
 
 
 class Stages(ApiModel):
-    """The stages that run without a GPU."""
+    """The stages that run without a GPU: resources and placement of their pods."""
 
     prepare: StageResources = StageResources()
     """Checks access and data, tokenises, and stores the prepared rows."""
     export: StageResources = StageResources()
     """Merges, verifies and publishes the model."""
-
-
-class Toleration(ApiModel):
-    """A Kubernetes toleration."""
-
-    model_config = validations(
-        ("self.operator != 'Exists' || !has(self.value)", "operator Exists takes no value: remove value"),
-        ("has(self.key) || self.operator == 'Exists'", "a toleration without key needs operator Exists"),
-        (
-            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
-            "tolerationSeconds needs effect NoExecute",
-        ),
-    )
-
-    key: Annotated[str, StringConstraints(max_length=317)] | None = None
-    """Taint key; absent with operator Exists matches all."""
-    operator: Literal["Exists", "Equal"] = "Equal"
-    """How the value is compared."""
-    value: Annotated[str, StringConstraints(max_length=63)] | None = None
-    """Taint value for operator Equal."""
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Taint effect; absent matches all."""
-    toleration_seconds: Annotated[int, Field(ge=0)] | None = None
-    """With NoExecute: how long the taint is tolerated."""
-
-
-class Scheduling(ApiModel):
-    """Where train pods may run."""
-
-    node_selector: Annotated[
-        dict[str, Annotated[str, StringConstraints(max_length=63)]],
-        Field(json_schema_extra={"maxProperties": 32}),
-    ] = {}
-    """Labels that the node must have."""
-    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
-    """Taints that the pod tolerates."""
 
 
 class FailureRule(ApiModel):
@@ -533,13 +555,18 @@ class Storage(ApiModel):
     optionally AWS_SESSION_TOKEN, and HF_TOKEN for gated models. Without it the pods use their own identity."""
     service_account_name: ObjectName | None = None
     """Service account of the pods, for cloud identities bound to it. No API token is mounted."""
+    ca_bundle: CABundle | None = None
+    """Certificates that are trusted besides the well-known ones when S3 and the model hub are reached."""
+    model_cache: ModelCache | None = None
+    """Volume on which base models are kept between jobs, so that they are downloaded once. A job gets from it only what
+    it could have read from the source itself."""
     work_uri: OutputURI | None = None
     """Folder of the work files (prepared rows, checkpoints, logs). Absent: .finetune/ below output.uri."""
 
 
 _NEVER = ("model", "dataset", "method", "hyperparameters", "evaluation", "output")
 """What decides the result, and where it is."""
-_WHILE_SUSPENDED = ("checkpoint", "resources", "stages", "scheduling", "storage")
+_WHILE_SUSPENDED = ("checkpoint", "resources", "stages", "scheduling", "podTemplate", "storage")
 """What an attempt is started with. All other fields may change at any time."""
 
 
@@ -567,6 +594,10 @@ class FineTuneJobSpec(ApiModel):
             "== 0",
             "hyperparameters.batchSize must be a multiple of microBatchSize times the number of GPUs: change one of "
             "them, or leave microBatchSize out",
+        ),
+        (
+            "!has(self.scheduling.gpuTypes) || self.resources.gpusPerNode > 0",
+            "scheduling.gpuTypes names GPUs, and resources.gpusPerNode asks for none: change one of them",
         ),
         *(
             (
@@ -610,6 +641,8 @@ class FineTuneJobSpec(ApiModel):
     """The stages that run without a GPU."""
     scheduling: Scheduling = Scheduling()
     """Where train pods may run."""
+    pod_template: PodTemplate = PodTemplate()
+    """What is added to all pods of the job."""
     failure_policy: FailurePolicy = FailurePolicy()
     """What happens after a failure."""
     suspend: bool = False

@@ -19,7 +19,7 @@ MAX_MESSAGE = 768
 
 MAX_HISTORY = 10
 """Attempts that status.history keeps."""
-MAX_PAST_MESSAGE = 120
+MAX_PAST_MESSAGE = 100
 """Characters of a failure's message there."""
 
 _Short = Annotated[str, StringConstraints(max_length=256)]
@@ -293,7 +293,7 @@ class Resolved(ApiModel):
     parameters: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] | None = None
     """Parameters of the base model."""
     weight_bytes: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] | None = None
-    """Size of the base model's weights; the memory of the train pod is derived from it."""
+    """Size of the base model's weights; memory and disk of the train pod are derived from it."""
     largest_tensor_bytes: Annotated[int, Field(ge=0, json_schema_extra={"format": "int64"})] | None = None
     """Size of the base model's largest tensor; the memory of the export pod is derived from it."""
     learning_rate: _Decimal | None = None
@@ -314,6 +314,14 @@ class Resolved(ApiModel):
     """Enabled or Disabled."""
     device: _Short | None = None
     """What the training ran on."""
+    train_memory: _Decimal | None = None
+    """Memory of the newest train pod."""
+    train_ephemeral_storage: _Decimal | None = None
+    """Disk that the newest train pod asks for."""
+    export_memory: _Decimal | None = None
+    """Memory of the newest export pod."""
+    export_ephemeral_storage: _Decimal | None = None
+    """Disk that the newest export pod asks for."""
     artifacts: Annotated[list[_Short], Field(max_length=2)] | None = None
     """What is published."""
     dtype: _Short | None = None

@@ -18,6 +18,31 @@ class Settings:
     image_pull_secrets: tuple[str, ...] = ()
     """Names of pull secrets in the job's namespace, comma-separated; FINETUNE_IMAGE_PULL_SECRETS."""
 
+    http_proxy: str = ""
+    """HTTP_PROXY of the pods; FINETUNE_HTTP_PROXY."""
+
+    https_proxy: str = ""
+    """HTTPS_PROXY of the pods; FINETUNE_HTTPS_PROXY."""
+
+    no_proxy: str = ""
+    """NO_PROXY of the pods; FINETUNE_NO_PROXY."""
+
+    spot_labels: tuple[str, ...] = (
+        "cloud.google.com/gke-spot=true",
+        "eks.amazonaws.com/capacityType=SPOT",
+        "karpenter.sh/capacity-type=spot",
+        "kubernetes.azure.com/scalesetpriority=spot",
+    )
+    """Labels of nodes that the cloud may take back, LABEL=VALUE, comma-separated; their taints are the same.
+    FINETUNE_SPOT_LABELS."""
+
+    gpu_type_labels: tuple[str, ...] = (
+        "amd.com=amd.com/gpu.product-name",
+        "nvidia.com=nvidia.com/gpu.product",
+    )
+    """For each vendor of a GPU resource the label of nodes with the product name, VENDOR=LABEL, comma-separated; others
+    have theirs in VENDOR/gpu.product. FINETUNE_GPU_TYPE_LABELS."""
+
     namespaces: tuple[str, ...] = ()
     """Namespaces to watch, comma-separated; empty watches all. FINETUNE_NAMESPACES."""
 
@@ -53,6 +78,18 @@ class Settings:
 
     workers: int = 16
     """Jobs that are looked at at the same time; FINETUNE_WORKERS."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a setting cannot be used; the message names its variable.
+        """
+        if not self.spot_labels:
+            raise ValueError("FINETUNE_SPOT_LABELS is empty: name a label that marks spot nodes, LABEL=VALUE")
+        for name in ("spot_labels", "gpu_type_labels"):
+            for item in getattr(self, name):
+                if not all(item.partition("=")):
+                    raise ValueError(f"FINETUNE_{name.upper()} has {item!r}: write two words with '=' between them")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:

@@ -18,7 +18,7 @@ from finetune_api.names import Stage, child_name
 from finetune_api.report import Report
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptOutcome, ConditionType, Failure, FineTuneJobStatus, Reason
-from finetune_operator import children, waiting
+from finetune_operator import children, pods, waiting
 from finetune_operator.classify import Cause, cause_of
 from finetune_operator.config import Settings
 from finetune_operator.observe import ChildJob, ChildPod, Observation, Outcome
@@ -198,6 +198,7 @@ class _Stage:
         # Children are built from the status as it will be: export names the attempt that training ended with.
         job = replace(self.draft.job, status=self.draft.status)
         objects = children.build(job, self.spec, self.stage, attempt, self.settings)
+        self.draft.set(resolved=pods.resolved(self.spec, job.status, self.stage))
         self._say("Unknown" if self.stage is not Stage.TRAIN else "False", *waiting.for_pod(self.stage))
         return self._plan(running=False, create=objects, look_again=WAITING_LOOK_SECONDS)
 

@@ -53,14 +53,15 @@ def for_start(pod: ChildPod, stage: Stage) -> tuple[Reason, str]:
     told = f"{pod.waiting.reason}: {pod.waiting.message}" if pod.waiting.message else pod.waiting.reason
     if pod.waiting.reason in _IMAGE_REASONS:
         return Reason.IMAGE_PULL_FAILED, (
-            f"Pod {pod.name} cannot get its image ({told}). Check the operator's trainer image and pull secrets."
+            f"Pod {pod.name} cannot get its image ({told}). Check podTemplate.image or the operator's trainer image, "
+            "and the pull secrets."
         )
     if pod.waiting.reason in _CONFIG_REASONS:
         return Reason.CONTAINER_CONFIG_ERROR, (
             f"Pod {pod.name} cannot start ({told}). Create what it names, for example the Secret of storage.secretRef."
         )
     if pod.waiting.reason == "Unschedulable":
-        field = "resources" if stage is Stage.TRAIN else f"stages.{stage}"
+        field = "resources, or widen spec.scheduling" if stage is Stage.TRAIN else f"stages.{stage}"
         return Reason.UNSCHEDULABLE, (
             f"No node can take pod {pod.name} ({pod.waiting.message}). Lower spec.{field}, or add nodes."
         )

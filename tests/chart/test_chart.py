@@ -143,6 +143,10 @@ def test_every_value_is_documented() -> None:
         ("networkPolicy.typo", 1),
         ("image.pullPolicy", "Sometimes"),
         ("image.digest", "latest"),
+        ("trainer.proxy.https", "http://user:password@proxy:3128"),
+        ("trainer.proxy.typo", ""),
+        ("trainer.spotLabels", {"a=b": "c"}),
+        ("trainer.gpuTypeLabels", {"nvidia.com": "a,b"}),
         ("s3.accessKeyId", "AKIA"),
         ("s3.secretAccessKey", "x"),
         ("s3.endpoint", "https://user:password@minio:9000"),
@@ -200,6 +204,10 @@ def test_every_setting_can_be_set() -> None:
     assert settings.stall_seconds == 2592000
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.image_pull_secrets == ("registry-jobs", "registry-base")
+    # A label is added, and with null one is taken away.
+    assert "example.com/cheap=yes" in settings.spot_labels
+    assert not any(label.startswith("karpenter.sh/") for label in settings.spot_labels)
+    assert "nvidia.com=cloud.google.com/gke-accelerator" in settings.gpu_type_labels
 
 
 @examples

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from api_client import Client, eventually
+from conftest import TestServer
 from objects import manifest
 
 from finetune_operator.local.apiserver import store as store_module
@@ -128,3 +129,19 @@ async def test_a_state_folder_is_one_cluster_s(tmp_path: Path) -> None:
     async with LocalCluster(tmp_path, runner=False):
         journal = tmp_path / "journal.jsonl"
         assert stat.S_IMODE(journal.stat().st_mode) == 0o600
+
+
+def test_an_object_that_is_older_than_a_field_can_still_be_written(embedded: TestServer, namespace: str) -> None:
+    """A job of an earlier version, whose spec lacks what rules compare now."""
+    assert embedded.cluster
+    api = embedded.cluster.api
+    tunes = api.resource("finetune.dev", "v1alpha1", "finetunejobs")
+    path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
+    assert embedded.client.create(path, manifest("old")).code == 201
+    stored = api.get(tunes, namespace, "old")
+    spec = {key: value for key, value in stored["spec"].items() if key not in ("podTemplate", "scheduling")}
+    api.store.put(tunes.key, {**stored, "spec": spec})
+    assert embedded.client.patch(f"{path}/old/status", {"status": {"phase": "Running"}}).code == 200
+    answer = embedded.client.patch(f"{path}/old", {"metadata": {"labels": {"a": "b"}}})
+    assert (answer.code, answer.body["metadata"]["generation"]) == (200, 1)
+    assert embedded.client.patch(f"{path}/old", {"spec": {"podTemplate": {"labels": {"a": "b"}}}}).code == 422

@@ -14,14 +14,20 @@ from typing import Any
 
 import pytest
 from api_client import Client, eventually
+from builders import job_body
 from conftest import TestServer, in_thread
 from objects import pod_spec
 
+from finetune_api.names import Stage
+from finetune_operator import children
+from finetune_operator.cli.validation import schema
+from finetune_operator.config import Settings
 from finetune_operator.local import pod_worker
 from finetune_operator.local.cluster import LocalCluster
 from finetune_operator.local.pod_files import expanded, translated
 from finetune_operator.local.processes import group_members
 from finetune_operator.local.scheduler import Hardware
+from finetune_operator.resource import FineTuneJob
 
 UNTIL_STOPPED = "while true; do sleep 0.1; done"
 
@@ -521,3 +527,98 @@ def test_a_shutdown_disrupts_the_pods(tmp_path: Path) -> None:
     finally:
         second.process.kill()
         second.process.wait(10)
+
+
+def job_pod(script: str, **spec: Any) -> dict[str, Any]:
+    """The pod of a FineTuneJob's prepare stage, as the operator builds it, with a script in place of the trainer."""
+    body = job_body(**spec)
+    body["spec"] = schema().defaulted(body)["spec"]
+    job = FineTuneJob.parse(body)
+    assert job.spec is not None, job.spec_problem
+    built: dict[str, Any] = children.build(job, job.spec, Stage.PREPARE, 1, Settings())[1]["spec"]["template"]["spec"]
+    built["containers"][0]["command"] = ["sh", "-c", script]
+    return built
+
+
+def test_what_a_job_adds_to_its_pods(pods: Pods) -> None:
+    pods.object("configmaps", "bot-prepare-1", data={"job.json": "{}"})
+    pods.object("configmaps", "conf", data={"nccl.conf": "fast"})
+    pods.object("secrets", "keys", stringData={"token": "open sesame", "corp.pem": "certificate"})
+    pods.object("persistentvolumeclaims", "data", spec={"accessModes": ["ReadWriteOnce"]})
+    template = {
+        "env": [
+            {"name": "HUB", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "token"}}},
+            {"name": "MODE", "valueFrom": {"configMapKeyRef": {"name": "conf", "key": "nccl.conf"}}},
+            {"name": "DATA", "value": "/mnt/data"},
+            {"name": "ALL", "value": "/mnt/all"},
+        ],
+        "volumes": [
+            {"name": "data", "persistentVolumeClaim": {"claimName": "data"}},
+            {"name": "scratch", "emptyDir": {}},
+            {
+                "name": "all",
+                "projected": {"sources": [{"secret": {"name": "keys"}}, {"configMap": {"name": "conf"}}]},
+            },
+        ],
+        "volumeMounts": [
+            {"name": "data", "mountPath": "/mnt/data"},
+            {"name": "scratch", "mountPath": "/scratch"},
+            {"name": "all", "mountPath": "/mnt/all"},
+        ],
+    }
+    storage = {"caBundle": {"secretKeyRef": {"name": "keys", "key": "corp.pem"}}}
+    stages = {"prepare": {"storageClassName": "fast"}}
+    script = (
+        'echo "$HUB $MODE $(cat "$FINETUNE_CA_BUNDLE") $(cat "$ALL/nccl.conf")"; '
+        'echo kept >> "$DATA/file"; wc -l < "$DATA/file"; touch "$FINETUNE_WORK_DIR/x"'
+    )
+    spec = job_pod(script, podTemplate=template, storage=storage, stages=stages)
+    for name, lines in (("first", 1), ("second", 2)):
+        assert pods.client.create(pods.path, {"metadata": {"name": name}, "spec": spec}).code == 201
+        pods.when(name, "Succeeded")
+        # A claim outlives the pod.
+        assert pods.log(name) == f"open sesame fast certificate fast\n{lines}\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ({"csi": {"driver": "secrets-store.csi.k8s.io"}}, "csi"),
+        (
+            {"projected": {"sources": [{"serviceAccountToken": {"audience": "x", "path": "token"}}]}},
+            "serviceAccountToken",
+        ),
+    ],
+)
+def test_volumes_that_do_not_exist_here_are_named(pods: Pods, source: dict[str, Any], kind: str) -> None:
+    pods.create("p", "true", volumes=[{"name": "v", **source}])
+    events = f"/api/v1/namespaces/{pods.namespace}/events"
+
+    def message() -> str:
+        found = pods.client.get(events).body["items"]
+        return next((str(event["message"]) for event in found if event["reason"] == "FailedMount"), "")
+
+    assert f"the local runner has no volumes of type {kind}" in eventually(message)
+
+
+def test_places_that_do_not_exist_here_are_waited_for(pods: Pods) -> None:
+    spec = job_pod("true", stages={"prepare": {"nodeSelector": {"pool": "cpu"}}})
+    pods.object("configmaps", "bot-prepare-1", data={"job.json": "{}"})
+    assert pods.client.create(pods.path, {"metadata": {"name": "p"}, "spec": spec}).code == 201
+    (condition,) = eventually(lambda: pods.get("p")["status"].get("conditions"))
+    assert condition["reason"] == "Unschedulable"
+    assert "1 node(s) didn't match Pod's node affinity/selector" in condition["message"]
+    labels = {"metadata": {"labels": {"pool": "cpu"}}}
+    pods.client.patch("/api/v1/nodes/local", labels)
+    pods.when("p", "Succeeded")
+    pods.client.patch("/api/v1/nodes/local", {"metadata": {"labels": {"pool": None}}})
+
+
+def test_company_is_waited_for(pods: Pods) -> None:
+    term = {"labelSelector": {"matchLabels": {"app": "cache"}}, "topologyKey": "kubernetes.io/hostname"}
+    near = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+    pods.create("p", "true", affinity=near)
+    (condition,) = eventually(lambda: pods.get("p")["status"].get("conditions"))
+    assert "1 node(s) didn't match pod affinity rules" in condition["message"]
+    pods.create("cache", UNTIL_STOPPED, labels={"app": "cache"})
+    pods.when("p", "Succeeded")

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import JobError
+from finetune_trainer.layout import PodDisk
 from finetune_trainer.main import _quiet_libraries
+from finetune_trainer.model_cache import ModelCache
 from finetune_trainer.storage import Folder, ObjectInfo, open_folder
+from finetune_trainer.trust import trust_bundle
 
 _quiet_libraries()
+trust_bundle(PodDisk.from_environment().run)
 folders: dict[str, Folder] = {}
 
 
@@ -26,6 +30,10 @@ def call(uri: str, name: str, *arguments: object) -> object:
         key, target = arguments
         info = folder.stat(str(key)) or ObjectInfo(str(key), 0, "")
         folder.download(info, Path(str(target)))
+        return None
+    if name == "cached":
+        key, root, target = (str(argument) for argument in arguments)
+        ModelCache(Path(root)).fetch(folder, [info for info in folder.list() if info.key == key], Path(target))
         return None
     value = getattr(folder, name)(*arguments)
     if isinstance(value, bytes):

@@ -20,6 +20,7 @@ from trainer_servers import Fault, MotoServer, Proxy
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import FailureClass, exit_code_of
+from finetune_api.pod import PodTemplate
 from finetune_api.report import MAX_LOG_TAIL_BYTES, MAX_REPORT_BYTES, Outcome, Report, decode
 
 PROMTOOL = Path(__file__).parents[2] / ".tools" / "bin" / "promtool"
@@ -125,7 +126,7 @@ class TestEnds:
             ("os.kill(os.getpid(), signal.SIGKILL)", FailureClass.UNKNOWN, "was killed (SIGKILL) by something outside"),
             ("os.kill(os.getpid(), signal.SIGSEGV)", FailureClass.UNKNOWN, "The process died (SIGSEGV)"),
             ("raise MemoryError", FailureClass.OUT_OF_MEMORY_HOST, "Raise the memory of this stage"),
-            ("raise OSError(28, 'No space left on device')", FailureClass.DISK_FULL, "more space"),
+            ("raise OSError(28, 'No space left on device')", FailureClass.DISK_FULL, "Raise ephemeralStorage"),
             ("sys.exit(0)", FailureClass.UNKNOWN, "SystemExit: 0"),
         ],
     )
@@ -402,14 +403,19 @@ class TestSecrets:
     def test_they_leave_the_pod_nowhere(self, start: Callable[..., AgentRun], job: TestJob) -> None:
         token = "hf_abcdefghijklmnopqrstuvwxyz"
         other = "another/secret+value=="
+        hub = "named like nothing secret"
+        variable = {"name": "HUB", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "key"}}}
+        template = PodTemplate.model_validate({"env": [variable]})
         run = start(
             prepare="""
             print('key', os.environ['AWS_SECRET_ACCESS_KEY'], flush=True)
             print('token', os.environ['HF_TOKEN'], file=sys.stderr)
+            print('hub', os.environ['HUB'])
             print('Authorization: Bearer abcdefgh12345')
             raise RuntimeError('refused ' + os.environ['MY_PASSWORD'])
             """,
-            environment={"HF_TOKEN": token, "MY_PASSWORD": other},
+            environment={"HF_TOKEN": token, "MY_PASSWORD": other, "HUB": hub},
+            spec=job.spec.model_copy(update={"pod_template": template}),
         )
         report = ended(run)
         places = [
@@ -420,7 +426,7 @@ class TestSecrets:
         ]
         for place in places:
             assert "[redacted]" in place
-            assert not any(secret in place for secret in (SECRET, token, other, "abcdefgh12345"))
+            assert not any(secret in place for secret in (SECRET, token, other, hub, "abcdefgh12345"))
         assert report.failure is not None
         assert report.failure.message == "RuntimeError: refused [redacted]"
 

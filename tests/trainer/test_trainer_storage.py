@@ -537,3 +537,23 @@ def test_a_hub_that_cannot_be_reached_is_not_a_missing_file() -> None:
     with pytest.raises(JobError) as caught, hub._errors("hf://org/model/config.json"):
         raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
     assert caught.value.failure_class is FailureClass.STORAGE_UNAVAILABLE
+
+
+class TestProxies:
+    """What the operator's settings or podTemplate.env put into the environment is what boto3 goes by."""
+
+    def test_requests_go_through_the_proxy(self, bucket: Bucket, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTP_PROXY", proxy.endpoint)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # where the test itself looks
+        folder = folder_of(bucket, endpoint="http://unresolvable:9000")
+        folder.write("a", b"1")
+        assert bucket.get("folder/a") == b"1"
+        (request,) = proxy.requests
+        assert request.headers["host"] == "unresolvable:9000"
+
+    def test_except_where_they_must_not(self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        folder = folder_of(bucket)
+        folder.write("a", b"1")
+        assert folder.read("a") == b"1"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,7 +44,9 @@ def blob_id(data: bytes) -> str:
 
 
 class FakeHub:
-    def __init__(self) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        """`context`: speak TLS."""
+        self._context = context
         self.repositories: dict[str, Repository] = {}
         """By "models/org/name" or "datasets/org/name"."""
         self.requests: list[tuple[str, str, dict[str, str]]] = []
@@ -66,7 +69,10 @@ class FakeHub:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if self._context:
+            self._server.socket = self._context.wrap_socket(self._server.socket, server_side=True)
+        scheme = "https" if self._context else "http"
+        self.endpoint = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 

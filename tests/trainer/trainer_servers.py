@@ -25,6 +25,7 @@ class Server:
     key_id = "AKIDTESTTESTTEST"
     secret = "test-secret-value-0123456789"
     name = ""
+    scheme = "http"
 
     def __init__(self, command: list[str], pattern: str, environment: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
@@ -35,7 +36,7 @@ class Server:
         for line in self._process.stdout:
             seen.append(line)
             if match := re.search(pattern, line):
-                self.endpoint = f"http://127.0.0.1:{match[1]}"
+                self.endpoint = f"{self.scheme}://127.0.0.1:{match[1]}"
                 break
         else:
             raise RuntimeError(f"{command[0]} did not start: {''.join(seen)}")
@@ -65,6 +66,31 @@ class MotoServer(Server):
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
             r"Running on http://127\.0\.0\.1:(\d+)",
             environment,
+        )
+
+
+class SecureMotoServer(Server):
+    """Behind TLS, with the certificate and key in a file."""
+
+    name = "moto"
+    scheme = "https"
+
+    def __init__(self, certificate: Path) -> None:
+        super().__init__(
+            [
+                sys.executable,
+                "-m",
+                "moto.server",
+                "-H",
+                "127.0.0.1",
+                "-p",
+                "0",
+                "-c",
+                str(certificate),
+                "-k",
+                str(certificate),
+            ],
+            r"Running on https://127\.0\.0\.1:(\d+)",
         )
 
 

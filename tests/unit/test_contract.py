@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import cel_cost
 import pytest
 import yaml
 from hypothesis import given
@@ -77,6 +79,24 @@ class TestGeneratedCrd:
         text = json.dumps(crd.build())
         for word in ("$ref", "anyOf", "allOf", "title", 'additionalProperties": false'):
             assert word not in text
+
+    def test_no_rule_costs_more_than_a_server_takes(self) -> None:
+        """A tenth of the limits, since the estimate is not the server's own."""
+        costs: dict[str, float] = {}
+
+        def collect(node: dict[str, Any], path: str, times: int) -> None:
+            for rule in node.get("x-kubernetes-validations", ()):
+                costs[f"{path}: {rule['rule']}"] = times * cel_cost.estimate(rule["rule"], node)
+            for name, child in (node.get("properties") or {}).items():
+                collect(child, f"{path}.{name}", times)
+            if "items" in node:
+                collect(node["items"], f"{path}[]", times * node["maxItems"])
+            if "additionalProperties" in node:
+                collect(node["additionalProperties"], f"{path}[]", times * node["maxProperties"])
+
+        collect(crd.build()["spec"]["versions"][0]["schema"]["openAPIV3Schema"], "", 1)
+        assert {path: cost for path, cost in costs.items() if cost > cel_cost.PER_RULE / 10} == {}
+        assert sum(costs.values()) < cel_cost.PER_CRD / 10
 
     def test_printer_columns_are_scalars(self) -> None:
         version = crd.build()["spec"]["versions"][0]

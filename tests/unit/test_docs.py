@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from finetune_api import crd
 from finetune_api.failures import RULES, Disposition, class_of_exit_code
 from finetune_api.names import Stage
 from finetune_api.report import Outcome, Report, StepProgress
@@ -95,6 +97,38 @@ def test_the_readmes_manifest_is_valid() -> None:
     verdict = validate(manifest)
     assert not verdict.problems
     assert list(verdict.jobs) == ["support-bot"]
+
+
+FRAGMENTS = [
+    (page.name, fragment)
+    for page in (ROOT / "docs" / "jobs.md", ROOT / "docs" / "storage.md")
+    for fragment in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "fragment"), FRAGMENTS, ids=[f"{page} {text.split(':')[0]}" for page, text in FRAGMENTS]
+)
+def test_fragments_of_a_spec_are_valid(page: str, fragment: str) -> None:
+    spec = {
+        "model": {"uri": "s3://models/base"},
+        "dataset": {"train": [{"uri": "s3://datasets/a.jsonl"}]},
+        "output": {"uri": "s3://models/out"},
+        **yaml.safe_load(fragment),
+    }
+    manifest = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
+    assert validate(yaml.safe_dump(manifest)).problems == []
+
+
+def test_every_field_about_pods_is_explained() -> None:
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("jobs.md", "storage.md"))
+    fields = crd.load()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    names = {
+        name for part in ("resources", "scheduling", "podTemplate", "storage") for name in fields[part]["properties"]
+    }
+    names |= set(fields["podTemplate"]["properties"]["volumes"]["items"]["properties"]) - {"name"}
+    names |= set(fields["podTemplate"]["properties"]["securityContext"]["properties"])
+    assert {name for name in names if not re.search(rf"\b{name}\b", text)} == set()
 
 
 def test_nothing_shadows_the_standard_library() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune_api.names import DOCUMENT_FILE, Stage
 from finetune_api.status import Resolved
-from finetune_operator import children
+from finetune_operator import children, sizes
 from finetune_operator.config import Settings
 from finetune_operator.kube import merge_patch
 from finetune_operator.resource import FineTuneJob
@@ -134,7 +134,7 @@ class TestChildren:
         ("text", "size"), [("5", 5), ("1k", 1000), ("2Ki", 2048), ("1.5Gi", 3 * 2**29), ("1M", 10**6)]
     )
     def test_quantities(self, text: str, size: int) -> None:
-        assert children.quantity_bytes(text) == size
+        assert sizes.quantity_bytes(text) == size
 
 
 class TestSettings:

@@ -127,9 +127,9 @@ class TestTheStraightWay:
             verification=Verification(mean_kl="1e-8", max_kl="1e-7", positions=128),
         )
         status = story.look([complete(EXPORT)], [ended_pod(EXPORT, report=exported)]).status
-        assert status.resolved == Resolved(
-            total_steps=40, learning_rate="2e-4", weight_bytes=10**9, precision="BF16"
-        ), "later stages add, and take nothing away"
+        reported = Resolved(total_steps=40, learning_rate="2e-4", weight_bytes=10**9, precision="BF16").to_json_dict()
+        assert status.resolved is not None
+        assert reported.items() <= status.resolved.to_json_dict().items(), "later stages add, and take nothing away"
         assert status.evaluation == EvaluationResult(tuned=loss)
         assert status.progress is not None
         assert status.progress.percent == "100%"

@@ -38,7 +38,7 @@ def test_ours_say_it_themselves(failure_class: FailureClass) -> None:
         ),
         (CudaOutOfMemoryError("x"), FailureClass.OUT_OF_MEMORY_GPU, "Lower hyperparameters.microBatchSize"),
         (MemoryError(), FailureClass.OUT_OF_MEMORY_HOST, "Raise the memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), FailureClass.DISK_FULL, "more space"),
+        (OSError(errno.ENOSPC, "No space left on device"), FailureClass.DISK_FULL, "Raise ephemeralStorage"),
         (DistBackendError("NCCL"), FailureClass.COMMUNICATION, "lost each other"),
     ],
 )

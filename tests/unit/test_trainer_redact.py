@@ -30,6 +30,11 @@ def test_a_secret_that_begins_with_a_slash() -> None:
     assert Redactor({"AWS_SECRET_ACCESS_KEY": "/" + SECRET})(f"key /{SECRET}!") == f"key {MASK}!"
 
 
+def test_values_that_come_from_a_secret_whatever_they_are_called() -> None:
+    redact = Redactor({"HUB": SECRET, "MODE": "plain text"}, secret_names={"HUB", "ABSENT"})
+    assert redact(f"{SECRET} plain text") == f"{MASK} plain text"
+
+
 def test_a_secret_within_another() -> None:
     redact = Redactor({"HF_TOKEN": "abcdef", "OTHER_TOKEN": "abcdef-long"})
     assert redact("abcdef-long abcdef") == f"{MASK} {MASK}"

@@ -78,7 +78,13 @@ class Agent:
         self._document = document
         self._document_path = document_path
         self._disk = disk
-        self._redact = Redactor()
+        self._redact = Redactor(
+            secret_names={
+                variable.name
+                for variable in document.spec.pod_template.env or []
+                if variable.value_from and variable.value_from.secret_key_ref
+            }
+        )
         self._children: list[Child] = []
         self._ended: list[Child] = []
         """In the order in which they ended: the first one to fail is the cause."""

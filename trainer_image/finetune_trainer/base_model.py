@@ -20,6 +20,7 @@ from finetune_api.base import ApiModel
 from finetune_api.document import StorageSettings, canonical_json
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.uri import HubLocation, parse
+from finetune_trainer.model_cache import ModelCache
 from finetune_trainer.storage import Folder, ObjectInfo, open_folder
 
 CONFIG = "config.json"
@@ -102,7 +103,7 @@ def open_pinned(pin: ModelPin, storage: StorageSettings) -> BaseModel:
     """
     location = parse(pin.uri)
     uri = str(replace(location, revision=pin.revision)) if isinstance(location, HubLocation) else pin.uri
-    model = BaseModel(open_folder(uri, storage))
+    model = BaseModel(open_folder(uri, storage), ModelCache.from_environment(storage.endpoint))
     pin.require_unchanged(model.pin)
     return model
 
@@ -110,8 +111,9 @@ def open_pinned(pin: ModelPin, storage: StorageSettings) -> BaseModel:
 class BaseModel:
     """The base model in its folder."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, cache: ModelCache | None = None) -> None:
         self.folder = folder
+        self._cache = cache
         self._files = {info.key: info for info in folder.list()}
         if not self._files:
             raise JobError(
@@ -206,11 +208,16 @@ class BaseModel:
             )
 
     def download(self, target: Path, keys: Iterable[str] | None = None) -> None:
-        """Fetch the pinned versions of the model's files, or of those in `keys`."""
-        wanted = None if keys is None else set(keys)
-        for info in self.files():
-            if wanted is None or info.key in wanted:
+        """Fetch the pinned versions of the model's files, or of those in `keys`; weights from the cache, if there is
+        one."""
+        chosen = None if keys is None else set(keys)
+        wanted = [info for info in self.files() if chosen is None or info.key in chosen]
+        cached = [info for info in wanted if info.key in self.shards] if self._cache else []
+        for info in wanted:
+            if info not in cached:
                 self.folder.download(info, target / info.key)
+        if self._cache:
+            self._cache.fetch(self.folder, cached, target)
 
     def _json(self, key: str) -> dict[str, Any]:
         try:

@@ -24,7 +24,10 @@ def classify(error: BaseException) -> tuple[FailureClass, str]:
     if isinstance(error, MemoryError):
         return FailureClass.OUT_OF_MEMORY_HOST, "The pod ran out of memory. Raise the memory of this stage."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return FailureClass.DISK_FULL, "The pod's disk is full. Give the node or the volume more space."
+        return (
+            FailureClass.DISK_FULL,
+            "The pod's disk is full. Raise ephemeralStorage of this stage, or name a storageClassName.",
+        )
     if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
         return FailureClass.COMMUNICATION, "The training processes lost each other."
     first_line = str(error).strip().partition("\n")[0][:300]

@@ -10,6 +10,7 @@ The work directory is $FINETUNE_WORK_DIR. Exit codes are those of `finetune_api.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import os
@@ -25,6 +26,7 @@ from finetune_api.names import ENV_DOCUMENT, ENV_WORK_DIR
 from finetune_trainer.errors import classify
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.reporting import Reporter, write_failure
+from finetune_trainer.trust import trust_bundle
 
 STEPS = ("prepare", "fetch", "train", "export")
 
@@ -51,7 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         from finetune_trainer.agent import run_agent
 
         prometheus_client.disable_created_metrics()
-
+        with contextlib.suppress(JobError):
+            # The first step finds the same, and says so in its report.
+            trust_bundle(PodDisk.from_environment().run)
         return run_agent(document, Path(options.document))
     return run_step(options.command, document)
 
@@ -63,6 +67,7 @@ def run_step(name: str, document: JobDocument) -> int:
     rank = int(os.environ.get("RANK", "0"))
     reporter = Reporter(document, disk.run) if rank == 0 else None
     try:
+        trust_bundle(disk.run)
         _KEPT.append(_call(name, document, disk, reporter))
     except BaseException as error:
         _KEPT.append(error)

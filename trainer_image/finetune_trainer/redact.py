@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 
 MASK = "[redacted]"
 MIN_LENGTH = 6
@@ -22,14 +23,15 @@ _SECRET_SHAPES = re.compile(
 
 
 class Redactor:
-    """Knows the secrets of this process' environment by the names of their variables."""
+    """Knows the secrets of this process' environment: by the names of their variables, or because it is told."""
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str] | None = None, secret_names: Collection[str] = ()) -> None:
+        """`secret_names`: variables that come from Secrets, whatever they are called."""
         environment = dict(os.environ) if environment is None else environment
         values = {
             value
             for name, value in environment.items()
-            if _SECRET_NAME.search(name) and not _NOT_SECRET_NAME.search(name) and len(value) >= MIN_LENGTH
+            if (name in secret_names or _sounds_secret(name)) and len(value) >= MIN_LENGTH
         }
         # The longest first: a secret may contain another one.
         self._values = sorted(values, key=len, reverse=True)
@@ -38,3 +40,7 @@ class Redactor:
         for value in self._values:
             text = text.replace(value, MASK)
         return _SECRET_SHAPES.sub(MASK, text)
+
+
+def _sounds_secret(name: str) -> bool:
+    return bool(_SECRET_NAME.search(name)) and not _NOT_SECRET_NAME.search(name)

@@ -40,7 +40,8 @@ class World:
             raise JobError(
                 FailureClass.UNKNOWN,
                 f"resources.gpusPerNode is {asked}, but {usable} GPUs are usable with torch {torch.__version__}. Check "
-                "the driver of the node and resources.gpuResourceName, or set gpusPerNode to 0 to train on CPU.",
+                "the driver of the node, and resources.gpuResourceName or resourceClaims, or set gpusPerNode to 0 to "
+                "train on CPU.",
             )
 
     def sum(self, *values: float) -> list[float]:

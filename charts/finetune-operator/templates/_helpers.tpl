@@ -40,6 +40,15 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ default (index . 1) $image.tag }}{{ end }}
 {{- end }}
 
+{{/* A map as one word for the environment: a=b,c=d. A key that is null was taken out of the defaults. */}}
+{{- define "finetune-operator.pairs" -}}
+{{- $pairs := list }}
+{{- range $key, $value := . }}
+{{- if $value }}{{ $pairs = append $pairs (printf "%s=%s" $key $value) }}{{ end }}
+{{- end }}
+{{- join "," $pairs }}
+{{- end }}
+
 {{/* What the operator does in each namespace that it serves; nothing else. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune.dev]

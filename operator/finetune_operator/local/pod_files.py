@@ -118,7 +118,7 @@ class PodFiles:
             for part in source.get("sources", ()):
                 ((inner, projection),) = part.items()
                 self._write_files(folder, inner, projection)
-        elif kind not in ("emptyDir", "persistentVolumeClaim", "hostPath"):
+        elif kind not in ("emptyDir", "ephemeral", "persistentVolumeClaim", "hostPath"):
             self._write_files(folder, kind, source)
 
     def _write_files(self, folder: Path, kind: str, source: Object) -> None:

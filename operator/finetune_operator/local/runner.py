@@ -207,6 +207,8 @@ class Runner:
             bound = self._api.bind(metadata["namespace"], metadata["name"], NODE)
             where = f"{metadata['namespace']}/{metadata['name']}"
             self._scheduler_events.record(bound, "Normal", "Scheduled", f"Successfully assigned {where} to {NODE}")
+            # Others may have waited for its company.
+            self._mark_unscheduled()
             return
         message = unschedulable_message(reasons)
         if any(item.get("message") == message for item in pod["status"].get("conditions", ())):

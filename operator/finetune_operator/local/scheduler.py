@@ -10,6 +10,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 
+from finetune_operator.local.affinity import refusal
 from finetune_operator.local.apiserver.api import Api, timestamp
 from finetune_operator.local.apiserver.store import Object
 
@@ -97,12 +98,11 @@ def requested(pod: Object) -> dict[str, int]:
 
 
 def lacking(pod: Object, others: list[Object], hardware: Hardware) -> list[str]:
-    """Names of the resources of which not enough is free for a pod."""
+    """Names of the resources of which not enough is free for a pod beside others."""
     free = {GPU: hardware.gpus}
     for other in others:
-        if other["spec"].get("nodeName") == NODE and other["status"].get("phase") not in _TERMINAL:
-            for name, amount in requested(other).items():
-                free[name] = free.get(name, 0) - amount
+        for name, amount in requested(other).items():
+            free[name] = free.get(name, 0) - amount
     return sorted(name for name, amount in requested(pod).items() if amount > free.get(name, 0))
 
 
@@ -111,7 +111,15 @@ def obstacles(api: Api, pod: Object, hardware: Hardware) -> list[str]:
     node = api.find(api.resource("", "v1", "nodes"), "", NODE)
     if node and node.get("spec", {}).get("unschedulable"):
         return ["1 node(s) were unschedulable"]
-    return [f"1 Insufficient {name}" for name in lacking(pod, api.objects(api.pods), hardware)]
+    labels = node["metadata"].get("labels", {}) if node else {}
+    here = [other for other in api.objects(api.pods) if _is_here(other)]
+    if reason := refusal(pod, labels, here):
+        return [reason]
+    return [f"1 Insufficient {name}" for name in lacking(pod, here, hardware)]
+
+
+def _is_here(pod: Object) -> bool:
+    return pod["spec"].get("nodeName") == NODE and pod["status"].get("phase") not in _TERMINAL
 
 
 def unschedulable_message(reasons: list[str]) -> str:

@@ -185,6 +185,58 @@ def test_structure(client: Client, tunes: str, spec: dict[str, Any], causes: set
 TRAIN = {"train": [{"uri": "s3://datasets/a.jsonl"}]}
 LORA = {"type": "LoRA"}
 
+
+def at(field: str, value: Any) -> dict[str, Any]:
+    """The spec that has a value at a field: `at("spec.a.b[0]", 1)` is {"a": {"b": [1]}}."""
+    for step in reversed(steps(field)):
+        if step.startswith("preferred"):
+            value = [{"weight": 1, **item} for item in value]
+        value = [value] if step.isdigit() else {step: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def steps(field: str) -> list[str]:
+    return re.findall(r"[A-Za-z]+|\d+", field.removeprefix("spec").removeprefix("."))
+
+
+def near(labels: dict[str, str] | None = None, key: str = "kubernetes.io/hostname") -> dict[str, Any]:
+    """A term of a pod affinity."""
+    return {"labelSelector": {"matchLabels": labels or {"app": "x"}}, "topologyKey": key}
+
+
+def volume(**source: Any) -> dict[str, Any]:
+    return {"podTemplate": {"volumes": [{"name": "a", **source}]}}
+
+
+def mount(**fields: Any) -> dict[str, Any]:
+    volumes = [{"name": "a", "emptyDir": {}}]
+    return {"podTemplate": {"volumes": volumes, "volumeMounts": [{"name": "a", **fields}]}}
+
+
+# Fields that are described once and are in several places.
+PLACES = ("spec.scheduling", "spec.stages.prepare", "spec.stages.export")
+TOLERATIONS = (
+    {"key": "gpu", "operator": "Exists", "value": "yes"},
+    {"value": "yes"},
+    {"key": "gpu", "operator": "Exists", "tolerationSeconds": 5},
+)
+_REQUIRED, _PREFERRED = (f"{word}DuringSchedulingIgnoredDuringExecution" for word in ("required", "preferred"))
+_AFFINITY = "spec.scheduling.affinity"
+NODES = (
+    f"{_AFFINITY}.nodeAffinity.{_REQUIRED}.nodeSelectorTerms[0]",
+    f"{_AFFINITY}.nodeAffinity.{_PREFERRED}[0].preference",
+)
+NODE_LABELS = (
+    {"key": "zone", "operator": "In"},
+    {"key": "memory", "operator": "Gt", "values": ["much"]},
+)
+NEIGHBOURS = tuple(
+    f"{_AFFINITY}.{kind}.{place}"
+    for kind in ("podAffinity", "podAntiAffinity")
+    for place in (f"{_REQUIRED}[0]", f"{_PREFERRED}[0].podAffinityTerm")
+)
+
 # For each rule of the CRD at least one spec that breaks it, and where the server says so.
 BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.model.uri", {"model": {"uri": "ftp://x"}}),
@@ -223,15 +275,67 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.output.uri", {"output": {"uri": "s3://models"}}),
     ("spec.storage.endpoint", {"storage": {"endpoint": "minio:9000"}}),
     ("spec.storage.endpoint", {"storage": {"endpoint": "https://key:secret@minio:9000"}}),
-    (
-        "spec.scheduling.tolerations[0]",
-        {"scheduling": {"tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]}},
+    *((f"{where}.tolerations[0]", at(where, {"tolerations": [bad]})) for where in PLACES for bad in TOLERATIONS),
+    *((f"{where}.nodeSelector", at(where, {"nodeSelector": {"a b": "c"}})) for where in PLACES),
+    *(
+        (f"{where}.matchExpressions[0]", at(where, {"matchExpressions": [bad]}))
+        for where in NODES
+        for bad in NODE_LABELS
     ),
-    ("spec.scheduling.tolerations[0]", {"scheduling": {"tolerations": [{"value": "yes"}]}}),
-    (
-        "spec.scheduling.tolerations[0]",
-        {"scheduling": {"tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}]}},
+    *(
+        (f"{where}.matchExpressions[0].key", at(where, {"matchExpressions": [{"key": "a b", "operator": "Exists"}]}))
+        for where in NODES
     ),
+    *((f"{where}.labelSelector.matchLabels", at(where, near(labels={"a b": "c"}))) for where in NEIGHBOURS),
+    *((f"{where}.topologyKey", at(where, near(key="host name"))) for where in NEIGHBOURS),
+    ("spec.resources", {"resources": {"gpusPerNode": 2, "gpuResourceName": "nvidia.com/mig-3g.40gb"}}),
+    ("spec.resources", {"resources": {"gpuAllocation": "ResourceClaims"}}),
+    *(
+        (where, at(where, {"storageClassName": "fast", "ephemeralStorage": "0"}))
+        for where in ("spec.resources", "spec.stages.prepare", "spec.stages.export")
+    ),
+    ("spec.resources.resourceClaims[0]", {"resources": {"resourceClaims": [{"name": "gpus"}]}}),
+    ("spec", {"resources": {"gpusPerNode": 0}, "scheduling": {"gpuTypes": ["NVIDIA-H200"]}}),
+    *((f"spec.podTemplate.{kind}", {"podTemplate": {kind: {"a b": "c"}}}) for kind in ("labels", "annotations")),
+    ("spec.podTemplate.labels", {"podTemplate": {"labels": {"finetune.dev/stage": "x"}}}),
+    ("spec.podTemplate.labels", {"podTemplate": {"labels": {"job-name": "x"}}}),
+    ("spec.podTemplate.annotations", {"podTemplate": {"annotations": {"kubernetes.io/x": "y"}}}),
+    ("spec.podTemplate.image", {"podTemplate": {"image": "not an image"}}),
+    ("spec.podTemplate.env[0]", {"podTemplate": {"env": [{"name": "A"}]}}),
+    ("spec.podTemplate.env[0].name", {"podTemplate": {"env": [{"name": "WORLD_SIZE", "value": "1"}]}}),
+    ("spec.podTemplate.env[0].valueFrom", {"podTemplate": {"env": [{"name": "A", "valueFrom": {}}]}}),
+    (
+        "spec.podTemplate.env[0].valueFrom.fieldRef.fieldPath",
+        {"podTemplate": {"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.containers"}}}]}},
+    ),
+    ("spec.podTemplate.volumes[0]", {"podTemplate": {"volumes": [{"name": "a"}]}}),
+    ("spec.podTemplate.volumes[0].name", {"podTemplate": {"volumes": [{"name": "work", "emptyDir": {}}]}}),
+    (
+        "spec.podTemplate.volumes[0].configMap.items[0].path",
+        volume(configMap={"name": "a", "items": [{"key": "b", "path": "/c"}]}),
+    ),
+    (
+        "spec.podTemplate.volumes[0].secret.items[0].path",
+        volume(secret={"secretName": "a", "items": [{"key": "b", "path": "../c"}]}),
+    ),
+    ("spec.podTemplate.volumes[0].projected.sources[0]", volume(projected={"sources": [{}]})),
+    *(
+        (
+            f"spec.podTemplate.volumes[0].projected.sources[0].{kind}.items[0].path",
+            volume(projected={"sources": [{kind: {"name": "a", "items": [{"key": "b", "path": "c/../.."}]}}]}),
+        )
+        for kind in ("configMap", "secret")
+    ),
+    (
+        "spec.podTemplate.volumes[0].projected.sources[0].serviceAccountToken.path",
+        volume(projected={"sources": [{"serviceAccountToken": {"audience": "sts.example.com", "path": "/token"}}]}),
+    ),
+    ("spec.podTemplate", {"podTemplate": {"volumeMounts": [{"name": "a", "mountPath": "/mnt/a"}]}}),
+    ("spec.podTemplate.volumeMounts[0].mountPath", mount(mountPath="mnt/a")),
+    ("spec.podTemplate.volumeMounts[0].mountPath", mount(mountPath="/work/cache")),
+    ("spec.podTemplate.volumeMounts[0].subPath", mount(mountPath="/mnt/a", subPath="../b")),
+    ("spec.podTemplate.securityContext.runAsUser", {"podTemplate": {"securityContext": {"runAsUser": 0}}}),
+    ("spec.storage.caBundle", {"storage": {"caBundle": {}}}),
     ("spec.storage.workURI", {"storage": {"workURI": "ftp://x"}}),
     ("spec.storage.workURI", {"storage": {"workURI": "s3://work"}}),
 ]
@@ -268,10 +372,6 @@ def test_cel(client: Client, tunes: str, field: str, spec: dict[str, Any]) -> No
     value = functools.reduce(lambda node, step: node[int(step) if step.isdigit() else step], steps(field), spec)
     shown = "" if isinstance(value, dict) else f"{json.dumps(value)}: "
     assert all(message.startswith(f"Invalid value: {shown}") for message in messages)
-
-
-def steps(field: str) -> list[str]:
-    return re.findall(r"[A-Za-z]+|\d+", field.removeprefix("spec").removeprefix("."))
 
 
 def test_every_rule_has_a_case() -> None:
@@ -330,6 +430,7 @@ WHILE_SUSPENDED: list[dict[str, Any]] = [
     {"resources": {"gpusPerNode": 2}},
     {"stages": {"export": {"cpu": "2"}}},
     {"scheduling": {"nodeSelector": {"a": "b"}}},
+    {"podTemplate": {"labels": {"team": "blue"}}},
     {"storage": {"region": "eu-west-1"}},
 ]
 

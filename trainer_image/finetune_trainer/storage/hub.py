@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.uri import HubLocation
 from finetune_trainer.storage.base import ObjectInfo
+from finetune_trainer.trust import distrust
 
 
 class HubFolder:
@@ -129,7 +130,7 @@ def _errors(name: str) -> Iterator[None]:
 
 
 def _unreachable(name: str, error: Exception) -> JobError:
-    return JobError(
+    return distrust(name, error) or JobError(
         FailureClass.STORAGE_UNAVAILABLE,
         f"{name}: the hub cannot be reached ({type(error).__name__}). Copy the files to S3, or check the network.",
     )

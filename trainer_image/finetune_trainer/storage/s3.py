@@ -35,6 +35,7 @@ from urllib3.exceptions import HTTPError
 from finetune_api.document import StorageSettings
 from finetune_api.failures import FailureClass, JobError
 from finetune_trainer.storage.base import BrokenObject, ObjectInfo
+from finetune_trainer.trust import distrust
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -318,6 +319,8 @@ def _errors(name: str, *, writing: bool = False) -> Iterator[None]:
     except ParamValidationError as error:
         raise JobError(FailureClass.USER_ERROR, f"{name} is not a valid S3 location: {error}") from error
     except (BotoCoreError, HTTPError, OSError) as error:
+        if distrusted := distrust(name, error):
+            raise distrusted from error
         if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
             raise
         raise JobError(

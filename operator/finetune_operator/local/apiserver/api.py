@@ -206,6 +206,9 @@ class Api:
     ) -> Object:
         """Change a stored object, or only its status."""
         old = self.get(resource, namespace, name)
+        if resource.is_custom:
+            # It may be older than a field with a default, which rules then take for granted.
+            old = resource.schema.defaulted(old)
         new = self._decoded(resource, change(copy.deepcopy(old)), options, is_patch=not options.is_replacement)
         self._check_identity(resource, old, new, options)
         new["metadata"] = _kept_metadata(old["metadata"], new["metadata"])
