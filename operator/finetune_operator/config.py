@@ -54,6 +54,18 @@ class Settings:
     workers: int = 16
     """Jobs that are looked at at the same time; FINETUNE_WORKERS."""
 
+    lease_name: str = ""
+    """The Lease whose holder works while other replicas stand by; empty for one process alone. FINETUNE_LEASE_NAME."""
+
+    lease_namespace: str = ""
+    """Its namespace, that of the operator; FINETUNE_LEASE_NAMESPACE."""
+
+    lease_seconds: int = 15
+    """A leader that is not heard of for so long is replaced; FINETUNE_LEASE_SECONDS."""
+
+    pod_name: str = ""
+    """Names the leader in the Lease; empty is the name of the host. FINETUNE_POD_NAME."""
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """

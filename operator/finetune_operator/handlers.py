@@ -11,17 +11,20 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
+import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 import kopf
-from aiohttp import web
 
 from finetune_api import GROUP, PLURAL, VERSION
 from finetune_api.names import LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_operator import server
 from finetune_operator.config import Settings
+from finetune_operator.election import Election
 from finetune_operator.kube import FINETUNE_JOBS, Kube, load_client
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
@@ -32,17 +35,21 @@ log = logging.getLogger(__name__)
 
 
 class Operator:
-    """What lives as long as the process: the queue, the clients, the resync."""
+    """What lives as long as the process: the queue, the clients, the lease, the resync."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.queue: WorkQueue[Key] = WorkQueue()
+        self.stopping = asyncio.Event()
+        self._exits = contextlib.AsyncExitStack()
         self._reader = ProgressReader()
+        self._election: Election | None = None
+        self._leads = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._server: web.AppRunner | None = None
-        self._started = time.monotonic()
-        self._resynced = self._started
+        """Those without which nothing works."""
+        self._resynced = time.monotonic()
+        self._ready = False
         self._watched: dict[Key, str] = {}
         self._unwatched: dict[Key, str] = {}
         """Versions that a resync found and the watch had not shown."""
@@ -58,32 +65,63 @@ class Operator:
         if namespace and name:
             self.queue.add(Key(namespace, name))
 
+    async def open(self) -> None:
+        """What a standby has too: a client, and somebody who answers probes."""
+        self._api = await load_client()
+        self._exits.push_async_callback(self._api.close)
+        self._exits.push_async_callback(self._reader.close)
+        settings = self.settings
+        runner = await server.serve(settings.http_host, settings.http_port, self.metrics, self.unhealthy, self.unready)
+        self._exits.push_async_callback(runner.cleanup)
+
+    async def lead(self) -> None:
+        """Return when this process is the one that works."""
+        if self.settings.lease_name:
+            self._election = Election(
+                Kube(self._api, self.metrics.request),
+                self.settings.lease_namespace,
+                self.settings.lease_name,
+                f"{self.settings.pod_name or socket.gethostname()}_{secrets.token_hex(4)}",
+                self.settings.lease_seconds,
+            )
+            self._exits.push_async_callback(self._election.release)
+            await self._election.win()
+            self._run("lease", self._election.keep())
+        self._leads = True
+        self.metrics.is_leader.set(1)
+
+    def check(self) -> None:
+        """Does not return when another one may lead."""
+        if self._election is not None:
+            self._election.check()
+
     async def start(self) -> None:
-        api = await load_client()
-        kube = Kube(api, self.metrics.request)
+        self._resynced = time.monotonic()
+        kube = Kube(self._api, self.metrics.request, self.check)
         reconciler = Reconciler(kube, self._reader, self.settings, self.metrics, self.queue.add)
-        self._api = api
-        self._tasks = [
-            asyncio.create_task(self.queue.run(reconciler, self.settings.workers), name="workers"),
-            asyncio.create_task(self._resync(kube), name="resync"),
-        ]
-        self._server = await server.serve(
-            self.settings.http_host, self.settings.http_port, self.metrics, self.unhealthy
-        )
+        self._run("workers", self.queue.run(reconciler, self.settings.workers))
+        self._run("resync", self._resync(kube))
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        if self._server is not None:
-            await self._server.cleanup()
-        await self._reader.close()
-        await self._api.close()  # type: ignore[no-untyped-call]
+        """Undo it all, in reverse order; once more does nothing."""
+        self.stopping.set()  # kopf waits for its task that waits for this
+        await self._exits.aclose()
+
+    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.append(task)
+        self._exits.push_async_callback(_end, task)
+
+    def unready(self) -> str:
+        """Why this process does not do its part, be it to work or to stand by; empty when it does."""
+        if self._leads:
+            return self.unhealthy() or ("" if self._ready else "no resync has succeeded yet\n")
+        return self._election.problem() if self._election else "starting\n"
 
     def unhealthy(self) -> str:
-        """What is wrong with the operator; empty when nothing is."""
+        """What a new process would mend; empty when there is nothing. A standby has nothing to be late with."""
+        if not self._leads:
+            return ""
         dead = [task.get_name() for task in self._tasks if task.done()]
         if dead:
             return f"{dead[0]} ended\n"
@@ -113,7 +151,7 @@ class Operator:
                 self.queue.add(key)
             if lost < len(namespaces):
                 self._judge_watch(found)
-                self._resynced = time.monotonic()
+                self._resynced, self._ready = time.monotonic(), True
                 self.metrics.last_resync.set_to_current_time()
             await asyncio.sleep(self.settings.resync_seconds)
 
@@ -123,6 +161,12 @@ class Operator:
         unwatched = {key: version for key, version in found.items() if self._watched.get(key) != version}
         self._silent = any(self._unwatched.get(key) == version for key, version in unwatched.items())
         self._unwatched = unwatched
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def build_registry(operator: Operator) -> kopf.OperatorRegistry:

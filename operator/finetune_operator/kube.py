@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,7 @@ JOBS = Kind("batch", "v1", "jobs")
 PODS = Kind("", "v1", "pods")
 CONFIG_MAPS = Kind("", "v1", "configmaps")
 EVENTS = Kind("", "v1", "events")
+LEASES = Kind("coordination.k8s.io", "v1", "leases")
 FINETUNE_JOBS = Kind(GROUP, VERSION, PLURAL)
 BY_NAME = {"ConfigMap": CONFIG_MAPS, "Job": JOBS}
 
@@ -84,9 +85,16 @@ async def load_client_of_user(kubeconfig: str | None, context: str | None) -> tu
 class Kube:
     """Verbs on objects. Errors are `ApiError`; network errors pass through as they are."""
 
-    def __init__(self, api: client.ApiClient, observer: RequestObserver | None = None) -> None:
+    def __init__(
+        self,
+        api: client.ApiClient,
+        observer: RequestObserver | None = None,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`guard` is called before each write, and must not return when the process may not write."""
         self._api = api
         self._observer = observer
+        self._guard = guard
 
     async def get(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
         """The object, or None when it does not exist."""
@@ -111,6 +119,10 @@ class Kube:
 
     async def create(self, kind: Kind, namespace: str, body: dict[str, Any], **query: str) -> dict[str, Any]:
         return await self._request("POST", kind, kind.path(namespace), query=query, body=body)
+
+    async def replace(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Write the whole object. A resourceVersion in the body makes it fail with 409 when the object changed."""
+        return await self._request("PUT", kind, kind.path(namespace, name), body=body)
 
     async def delete(self, kind: Kind, namespace: str, name: str) -> None:
         """Delete an object, and its children after it; one that is gone already is fine."""
@@ -159,6 +171,8 @@ class Kube:
             body=body,
             auth_settings=["BearerToken"],
         )
+        if method != "GET":
+            self._guard()
         started = time.monotonic()
         response = await self._api.call_api(*request, _request_timeout=REQUEST_TIMEOUT)
         data: bytes = await response.read()  # type: ignore[no-untyped-call]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import kopf
 import prometheus_client
@@ -25,19 +28,47 @@ def main() -> int:
         log.error("%s", error)
         return 64
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+    asyncio.run(run(settings))
+    return 0
+
+
+async def run(settings: Settings) -> None:
+    """Stand by until this replica leads, then work until told to stop."""
     operator = Operator(settings)
-    log.info("watching %s", ", ".join(settings.namespaces) or "all namespaces")
-    asyncio.run(
-        kopf.operator(
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, operator.stopping.set)
+    # A process that was stopped looks at its lease before it does anything else.
+    signal.signal(signal.SIGCONT, lambda *_: operator.check())
+    try:
+        await operator.open()
+        if not await _before(operator.stopping, operator.lead()):
+            return
+        log.info("watching %s", ", ".join(settings.namespaces) or "all namespaces")
+        await kopf.operator(
             registry=build_registry(operator),
             namespaces=settings.namespaces,
             clusterwide=not settings.namespaces,
             standalone=True,
+            stop_flag=operator.stopping,
             # Else kopf asks for the user's name, which an arbitrary user id does not have.
             identity="finetune-operator",  # type: ignore[arg-type]
         )
-    )
-    return 0
+    finally:
+        await operator.stop()
+
+
+async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether some work was done before the order to stop, which ends it."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(stop.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    if not tasks[0].cancelled():
+        tasks[0].result()
+    return not stop.is_set()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ class Metrics:
             registry=self.registry,
         )
         build.labels(version("finetune-operator"), version("kopf"), platform.python_version()).set(1)
+        self.is_leader = Gauge(
+            "finetune_operator_is_leader", "1 when this process works, 0 when it stands by.", registry=self.registry
+        )
         self.reconciles = Counter(
             "finetune_operator_reconcile_total", "Looks at a job by result.", ["result"], registry=self.registry
         )

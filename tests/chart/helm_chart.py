@@ -90,9 +90,11 @@ def operator_container(objects: list[Object]) -> Object:
 
 
 def operator_environment(objects: list[Object]) -> dict[str, str]:
-    """The operator's settings as its process sees them."""
+    """The operator's settings as its process sees them, without those that the kubelet fills in."""
     variables = operator_container(objects)["env"]
-    return {item["name"]: item["value"] for item in variables if item["name"].startswith("FINETUNE_")}
+    return {
+        item["name"]: item["value"] for item in variables if item["name"].startswith("FINETUNE_") and "value" in item
+    }
 
 
 def documented_values() -> dict[str, tuple[Any, str]]:

@@ -188,18 +188,34 @@ def test_image_references(values: dict[str, str], reference: str) -> None:
 
 def test_chart_and_code_have_the_same_defaults() -> None:
     settings = Settings.from_environment(operator_environment(rendered_example("default")))
-    assert settings == replace(Settings(), trainer_image=f"ghcr.io/finetune-operator/trainer:{VERSION}")
+    assert settings == replace(
+        Settings(),
+        trainer_image=f"ghcr.io/finetune-operator/trainer:{VERSION}",
+        lease_name="tuner-finetune-operator",
+    )
 
 
 def test_every_setting_can_be_set() -> None:
     settings = Settings.from_environment(operator_environment(rendered_example("everything")))
     # Address and port are nobody's business outside the pod; and pods of a cluster share no file system with anybody.
-    fixed = {"http_host", "http_port", "allow_files"}
+    fixed = {"http_host", "http_port", "allow_files"} | FROM_THE_POD.keys()
     names = {field.name for field in fields(Settings)}
     assert {name for name in names if getattr(settings, name) == getattr(Settings(), name)} == fixed
+    assert settings.lease_name == "the-tuner"
     assert settings.stall_seconds == 2592000
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.image_pull_secrets == ("registry-jobs", "registry-base")
+
+
+FROM_THE_POD = {"lease_namespace": "metadata.namespace", "pod_name": "metadata.name"}
+"""Settings that the kubelet fills in, and the field that they are taken from."""
+
+
+@examples
+def test_the_operator_is_told_who_it_is(example: str) -> None:
+    variables = operator_container(rendered_example(example))["env"]
+    found = {item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in variables if "valueFrom" in item}
+    assert found == {f"FINETUNE_{name.upper()}": path for name, path in FROM_THE_POD.items()}
 
 
 @examples
@@ -246,7 +262,7 @@ def test_named_ports_exist(example: str) -> None:
 @pytest.mark.parametrize(("problem", "status"), [("", 200), ("the last successful resync was an hour ago", 503)])
 async def test_probes_ask_what_the_server_answers(problem: str, status: int) -> None:
     container = operator_container(rendered_example("default"))
-    runner = await server.serve("127.0.0.1", 0, Metrics(), lambda: problem)
+    runner = await server.serve("127.0.0.1", 0, Metrics(), lambda: problem, lambda: problem)
     host, port = runner.addresses[0]
     async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
         for probe in ("livenessProbe", "readinessProbe"):
@@ -306,7 +322,7 @@ def test_no_credentials(example: str) -> None:
     assert of_kind(objects, "Secret") == []
     container = operator_container(objects)
     assert "envFrom" not in container
-    assert not any("valueFrom" in variable for variable in container["env"])
+    assert not any("secretKeyRef" in variable.get("valueFrom", {}) for variable in container["env"])
     assert "volumes" not in pod_template(objects)["spec"]
     values = {path for path in leaves(load(CHART / "values.yaml")) if re.search("(?i)secret|key|token|password", path)}
     assert values == {"imagePullSecrets", "trainer.imagePullSecrets"}
