@@ -54,6 +54,12 @@ class Settings:
     workers: int = 16
     """Jobs that are looked at at the same time; FINETUNE_WORKERS."""
 
+    kube_qps: float = 50.0
+    """Requests to the API server each second, watches aside; FINETUNE_KUBE_QPS."""
+
+    kube_burst: int = 100
+    """Requests at once after a quiet time; FINETUNE_KUBE_BURST."""
+
     lease_name: str = ""
     """The Lease whose holder works while other replicas stand by; empty for one process alone. FINETUNE_LEASE_NAME."""
 

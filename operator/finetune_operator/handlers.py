@@ -26,6 +26,7 @@ from finetune_operator import server
 from finetune_operator.config import Settings
 from finetune_operator.election import Election
 from finetune_operator.kube import FINETUNE_JOBS, Kube, load_client
+from finetune_operator.limiter import TokenBucket
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.reconcile import Key, Reconciler
@@ -78,7 +79,8 @@ class Operator:
         """Return when this process is the one that works."""
         if self.settings.lease_name:
             self._election = Election(
-                Kube(self._api, self.metrics.request),
+                # A renewal waits for nothing: what comes too late is worse than none.
+                Kube(self._api, self.metrics, retries=0),
                 self.settings.lease_namespace,
                 self.settings.lease_name,
                 f"{self.settings.pod_name or socket.gethostname()}_{secrets.token_hex(4)}",
@@ -97,7 +99,8 @@ class Operator:
 
     async def start(self) -> None:
         self._resynced = time.monotonic()
-        kube = Kube(self._api, self.metrics.request, self.check)
+        limiter = TokenBucket(self.settings.kube_qps, self.settings.kube_burst)
+        kube = Kube(self._api, self.metrics, self.check, limiter)
         reconciler = Reconciler(kube, self._reader, self.settings, self.metrics, self.queue.add)
         self._run("workers", self.queue.run(reconciler, self.settings.workers))
         self._run("resync", self._resync(kube))

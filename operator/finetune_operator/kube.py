@@ -6,7 +6,9 @@ know yet.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +18,13 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_api import GROUP, PLURAL, VERSION
+from finetune_operator.limiter import TokenBucket
 
 REQUEST_TIMEOUT = 20.0
+RETRIES = 3
+"""How often a request that the API server has put off is sent again."""
+PATIENCE = 10.0
+"""Seconds that it is put off for at most; beyond that the caller is told, and has other things to do meanwhile."""
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -54,8 +61,14 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
 
-class RequestObserver(Protocol):
-    def __call__(self, verb: str, resource: str, code: int, seconds: float) -> None: ...
+class Observer(Protocol):
+    """Counts what `Kube` does."""
+
+    def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
+        """One request was answered."""
+
+    def throttled(self, by: str, seconds: float) -> None:
+        """One request waits: by "client", for our own limit, or by "server", which asked for it."""
 
 
 async def load_client() -> client.ApiClient:
@@ -88,13 +101,17 @@ class Kube:
     def __init__(
         self,
         api: client.ApiClient,
-        observer: RequestObserver | None = None,
+        observer: Observer | None = None,
         guard: Callable[[], None] = lambda: None,
+        limiter: TokenBucket | None = None,
+        retries: int = RETRIES,
     ) -> None:
         """`guard` is called before each write, and must not return when the process may not write."""
         self._api = api
         self._observer = observer
         self._guard = guard
+        self._limiter = limiter
+        self._retries = retries
 
     async def get(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
         """The object, or None when it does not exist."""
@@ -171,17 +188,35 @@ class Kube:
             body=body,
             auth_settings=["BearerToken"],
         )
-        if method != "GET":
-            self._guard()
-        started = time.monotonic()
-        response = await self._api.call_api(*request, _request_timeout=REQUEST_TIMEOUT)
-        data: bytes = await response.read()  # type: ignore[no-untyped-call]
-        if self._observer:
-            self._observer(method, kind.plural, response.status, time.monotonic() - started)
-        if response.status >= 300:
-            raise _error(response.status, response.headers, data)
-        result: dict[str, Any] = json.loads(data)
-        return result
+        retries = self._retries
+        while True:
+            if self._limiter:
+                await self._wait("client", self._limiter.reserve())
+            if method != "GET":
+                self._guard()
+            started = time.monotonic()
+            response = await self._api.call_api(*request, _request_timeout=REQUEST_TIMEOUT)
+            data: bytes = await response.read()  # type: ignore[no-untyped-call]
+            if self._observer:
+                self._observer.request(method, kind.plural, response.status, time.monotonic() - started)
+            if response.status < 300:
+                result: dict[str, Any] = json.loads(data)
+                return result
+            error = _error(response.status, response.headers, data)
+            # A request that was put off was not carried out. One without an answer may have been: that is for the
+            # caller, who looks first.
+            later = error.retry_after if error.status in (429, 503) else None
+            if later is None or not retries or not 0 <= later <= PATIENCE:
+                raise error
+            retries -= 1
+            # Not all of those that were put off together come back together.
+            await self._wait("server", later * random.uniform(1.0, 1.2))
+
+    async def _wait(self, by: str, seconds: float) -> None:
+        if seconds > 0:
+            if self._observer:
+                self._observer.throttled(by, seconds)
+            await asyncio.sleep(seconds)
 
 
 def _error(status: int, headers: Mapping[str, str], data: bytes) -> ApiError:
