@@ -34,6 +34,9 @@ from finetune_operator.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 10.0
+"""How long an order to stop waits for the looks in hand."""
+
 
 class Operator:
     """What lives as long as the process: the queue, the clients, the lease, the resync."""
@@ -102,7 +105,8 @@ class Operator:
         limiter = TokenBucket(self.settings.kube_qps, self.settings.kube_burst)
         kube = Kube(self._api, self.metrics, self.check, limiter)
         reconciler = Reconciler(kube, self._reader, self.settings, self.metrics, self.queue.add)
-        self._run("workers", self.queue.run(reconciler, self.settings.workers))
+        workers = self._run("workers", self.queue.run(reconciler, self.settings.workers))
+        self._exits.push_async_callback(self._finish, workers)
         self._run("resync", self._resync(kube))
 
     async def stop(self) -> None:
@@ -110,10 +114,17 @@ class Operator:
         self.stopping.set()  # kopf waits for its task that waits for this
         await self._exits.aclose()
 
-    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.append(task)
         self._exits.push_async_callback(_end, task)
+        return task
+
+    async def _finish(self, workers: asyncio.Task[None]) -> None:
+        self.queue.close()
+        _, late = await asyncio.wait({workers}, timeout=STOP_SECONDS)
+        if late:
+            log.warning("some jobs were still looked at after %.0f s; the next operator looks again", STOP_SECONDS)
 
     def unready(self) -> str:
         """Why this process does not do its part, be it to work or to stand by; empty when it does."""
@@ -226,4 +237,5 @@ def configure(settings: kopf.OperatorSettings, ours: Settings) -> None:
     # Logs are logs; events are recorded explicitly.
     settings.posting.enabled = False
     settings.peering.standalone = True
-    settings.process.ultimate_exiting_timeout = 10
+    # Above all that a stop waits for, and below the pod's terminationGracePeriodSeconds.
+    settings.process.ultimate_exiting_timeout = 25

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -120,6 +122,33 @@ def test_one_works_and_the_other_only_reads_the_lease(start: Start, job: Job, ku
     assert standby.stop() == 0
     assert replicas.lease()["holderIdentity"] == ""
     assert replicas.lease()["leaseTransitions"] == 1
+
+
+def test_an_order_to_stop_waits_for_the_look_in_hand(start: Start, job: Job) -> None:
+    replicas = start(30)
+    leader = replicas.leader()
+    held, goes_on = threading.Event(), threading.Event()
+
+    async def hold_the_job(exchange: Exchange) -> web.StreamResponse | None:
+        if (exchange.seen.method, exchange.seen.path.rpartition("/")[2]) == ("POST", "jobs"):
+            held.set()
+            await asyncio.to_thread(goes_on.wait, 60)
+        return None
+
+    leader.proxy.fault = hold_the_job
+    job.create()
+    assert held.wait(60)
+    leader.send(signal.SIGTERM)
+    eventually(lambda: "SIGTERM" in leader.log(), 60, leader.log)
+    goes_on.set()
+    assert eventually(lambda: leader.ended() is not None, 60, leader.log)
+    assert leader.ended() == 0
+    # The look went on to its end: the child, then the status that says so, then what goes with it; and then the lease.
+    written = [f"{item.method} {item.path.rpartition('/')[2]}" for item in leader.proxy.writes()]
+    assert written[-1] == f"PUT {LEASE}"
+    rest = [item for item in written[written.index("POST jobs") :] if item != f"PUT {LEASE}"]
+    assert rest == ["POST jobs", "PATCH status", "POST events"]
+    assert job.status()["attempt"]["jobName"] == "bot-prepare-1"
 
 
 def test_kill_9_of_the_leader_in_every_stage_loses_and_doubles_nothing(

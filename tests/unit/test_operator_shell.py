@@ -11,7 +11,7 @@ import pytest
 from builders import SETTINGS, UID, job_body, report
 
 from finetune_api.names import Stage
-from finetune_operator import progress
+from finetune_operator import handlers, progress
 from finetune_operator.cli import commands
 from finetune_operator.handlers import Operator
 from finetune_operator.kube import ApiError
@@ -144,3 +144,32 @@ async def test_a_namespace_that_is_gone_does_not_stop_the_others(monkeypatch: py
     task.cancel()
     assert len(operator.queue) == 1
     assert operator._resynced > 0
+
+
+async def test_a_look_that_does_not_end_holds_up_a_stop_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asyncio.Event()
+
+    class Silent:
+        async def param_serialize(self, *_: Any, **__: Any) -> tuple[()]:
+            return ()
+
+        async def call_api(self, **_: Any) -> None:
+            asked.set()
+            await asyncio.sleep(3600)
+
+        async def close(self) -> None:
+            pass
+
+    async def load_client() -> Silent:
+        return Silent()
+
+    monkeypatch.setattr(handlers, "load_client", load_client)
+    monkeypatch.setattr(handlers, "STOP_SECONDS", 0.01)
+    operator = Operator(type(SETTINGS)(http_host="127.0.0.1", http_port=0))
+    await operator.open()
+    await operator.lead()
+    await operator.start()
+    operator.mark("team", "bot")
+    await asked.wait()
+    async with asyncio.timeout(30):
+        await operator.stop()
