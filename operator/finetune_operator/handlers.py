@@ -25,11 +25,12 @@ from finetune_api.names import LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_operator import server
 from finetune_operator.config import Settings
 from finetune_operator.election import Election
-from finetune_operator.kube import FINETUNE_JOBS, Kube, load_client
+from finetune_operator.kube import FINETUNE_JOBS, JOBS, PODS, Kind, Kube, load_client
 from finetune_operator.limiter import TokenBucket
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.reconcile import Key, Reconciler
+from finetune_operator.watches import Name, Watch
 from finetune_operator.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -54,16 +55,17 @@ class Operator:
         """Those without which nothing works."""
         self._resynced = time.monotonic()
         self._ready = False
-        self._watched: dict[Key, str] = {}
-        self._unwatched: dict[Key, str] = {}
-        """Versions that a resync found and the watch had not shown."""
-        self._silent = False
+        self._namespaces = settings.namespaces or (None,)
+        self._watches = {
+            (kind.plural, namespace): Watch() for kind in (FINETUNE_JOBS, JOBS, PODS) for namespace in self._namespaces
+        }
         self.metrics.queue_depth.set_function(lambda: float(len(self.queue)))
 
-    def watched(self, namespace: str | None, name: str | None, version: str | None) -> None:
-        """The watch has shown a version of a job."""
+    def watched(self, plural: str, namespace: str | None, name: str | None, version: str | None) -> None:
+        """A watch has shown a version of an object."""
         if namespace and name and version:
-            self._watched[Key(namespace, name)] = version
+            watch = self._watches[plural, namespace if self.settings.namespaces else None]
+            watch.show((namespace, name), version)
 
     def mark(self, namespace: str | None, name: str | None) -> None:
         if namespace and name:
@@ -139,8 +141,9 @@ class Operator:
         dead = [task.get_name() for task in self._tasks if task.done()]
         if dead:
             return f"{dead[0]} ended\n"
-        if self._silent:
-            return "the watch of FineTuneJobs shows no changes\n"
+        for (plural, namespace), watch in self._watches.items():
+            if watch.silent:
+                return f"the watch of {plural} in {namespace or 'all namespaces'} shows no changes\n"
         age = time.monotonic() - self._resynced
         if age > 3 * self.settings.resync_seconds + 30:
             return f"the last successful resync was {age:.0f} s ago\n"
@@ -149,32 +152,27 @@ class Operator:
     async def _resync(self, kube: Kube) -> None:
         """Look at every job now and then: events can be missed, and time passes without any."""
         while True:
-            found: dict[Key, str] = {}
             lost = 0
-            namespaces = self.settings.namespaces or (None,)
-            for namespace in namespaces:
+            for namespace in self._namespaces:
                 try:
-                    for body in await kube.list(FINETUNE_JOBS, namespace):
-                        metadata = body["metadata"]
-                        found[Key(metadata["namespace"], metadata["name"])] = metadata["resourceVersion"]
+                    for name in await self._compare(kube, FINETUNE_JOBS, namespace):
+                        self.queue.add(Key(*name))
+                    for kind in (JOBS, PODS):
+                        await self._compare(kube, kind, namespace, labelSelector=LABEL_JOB_UID)
                 except Exception as error:
                     # One namespace that was deleted, and its role with it, must not stop the others.
                     lost += 1
                     log.warning("resync of %s failed: %s", namespace or "all namespaces", error)
-            for key in found:
-                self.queue.add(key)
-            if lost < len(namespaces):
-                self._judge_watch(found)
+            if lost < len(self._namespaces):
                 self._resynced, self._ready = time.monotonic(), True
                 self.metrics.last_resync.set_to_current_time()
             await asyncio.sleep(self.settings.resync_seconds)
 
-    def _judge_watch(self, found: dict[Key, str]) -> None:
-        """A version that the watch has not shown from one resync to the next tells that the watch is dead."""
-        self._watched = {key: version for key, version in self._watched.items() if key in found}
-        unwatched = {key: version for key, version in found.items() if self._watched.get(key) != version}
-        self._silent = any(self._unwatched.get(key) == version for key, version in unwatched.items())
-        self._unwatched = unwatched
+    async def _compare(self, kube: Kube, kind: Kind, namespace: str | None, **query: str) -> dict[Name, str]:
+        """List objects, and judge the watch that should have shown them."""
+        found = await kube.versions(kind, namespace, **query)
+        self._watches[kind.plural, namespace].compare(found)
+        return found
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -208,12 +206,15 @@ def build_registry(operator: Operator) -> kopf.OperatorRegistry:
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def job_changed(namespace: str | None, name: str | None, meta: kopf.Meta, **_: Any) -> None:
-        operator.watched(namespace, name, meta.get("resourceVersion"))
+        operator.watched(PLURAL, namespace, name, meta.get("resourceVersion"))
         operator.mark(namespace, name)
 
     @kopf.on.event("batch", "v1", "jobs", labels=children, registry=registry)
     @kopf.on.event("", "v1", "pods", labels=children, registry=registry)
-    async def child_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+    async def child_changed(
+        resource: kopf.Resource, namespace: str | None, name: str | None, meta: kopf.Meta, labels: kopf.Labels, **_: Any
+    ) -> None:
+        operator.watched(resource.plural, namespace, name, meta.get("resourceVersion"))
         operator.mark(namespace, labels.get(LABEL_JOB_NAME))
 
     return registry

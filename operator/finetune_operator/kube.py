@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -123,16 +123,16 @@ class Kube:
             raise
 
     async def list(self, kind: Kind, namespace: str | None, **query: str) -> list[dict[str, Any]]:
-        """All objects, page by page. Query parameters: labelSelector, fieldSelector."""
-        items: list[dict[str, Any]] = []
-        parameters = {"limit": "500", **query}
-        while True:
-            page = await self._request("GET", kind, kind.path(namespace), query=parameters)
-            items += page.get("items") or []
-            more = (page.get("metadata") or {}).get("continue")
-            if not more:
-                return items
-            parameters = {**parameters, "continue": more}
+        """All objects. Query parameters: labelSelector, fieldSelector."""
+        return [item async for page in self._pages(kind, namespace, query) for item in page]
+
+    async def versions(self, kind: Kind, namespace: str | None, **query: str) -> dict[tuple[str, str], str]:
+        """The version of each object by its namespace and name. Of the objects themselves only a page is in memory."""
+        return {
+            (item["metadata"]["namespace"], item["metadata"]["name"]): item["metadata"]["resourceVersion"]
+            async for page in self._pages(kind, namespace, query)
+            for item in page
+        }
 
     async def create(self, kind: Kind, namespace: str, body: dict[str, Any], **query: str) -> dict[str, Any]:
         return await self._request("POST", kind, kind.path(namespace), query=query, body=body)
@@ -168,6 +168,18 @@ class Kube:
     async def patch_status(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
         """Merge patch of the status. A resourceVersion in the body makes it fail with 409 when the object changed."""
         return await self._request("PATCH", kind, kind.path(namespace, name, "status"), body=body)
+
+    async def _pages(
+        self, kind: Kind, namespace: str | None, query: Mapping[str, str]
+    ) -> AsyncIterator[Sequence[dict[str, Any]]]:
+        parameters = {"limit": "500", **query}
+        while True:
+            page = await self._request("GET", kind, kind.path(namespace), query=parameters)
+            yield page.get("items") or []
+            more = (page.get("metadata") or {}).get("continue")
+            if not more:
+                return
+            parameters["continue"] = more
 
     async def _request(
         self,

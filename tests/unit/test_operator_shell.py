@@ -14,8 +14,9 @@ from finetune_api.names import Stage
 from finetune_operator import handlers, progress
 from finetune_operator.cli import commands
 from finetune_operator.handlers import Operator
-from finetune_operator.kube import ApiError
+from finetune_operator.kube import FINETUNE_JOBS, ApiError
 from finetune_operator.progress import ProgressReader
+from finetune_operator.watches import Watch
 
 
 @contextlib.asynccontextmanager
@@ -132,10 +133,10 @@ class TestFollowing:
 
 async def test_a_namespace_that_is_gone_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     class Namespaces:
-        async def list(self, kind: Any, namespace: str) -> list[dict[str, Any]]:
+        async def versions(self, kind: Any, namespace: str, **_: Any) -> dict[tuple[str, str], str]:
             if namespace == "gone":
                 raise ApiError(403, "forbidden")
-            return [job_body()]
+            return {(namespace, "bot"): "7"} if kind is FINETUNE_JOBS else {}
 
     operator = Operator(type(SETTINGS)(namespaces=("gone", "team"), resync_seconds=0.01))
     operator._resynced = 0.0
@@ -173,3 +174,112 @@ async def test_a_look_that_does_not_end_holds_up_a_stop_for_a_bounded_time(monke
     await asked.wait()
     async with asyncio.timeout(30):
         await operator.stop()
+
+
+class TestWatch:
+    def test_what_it_has_shown_is_not_missed(self) -> None:
+        watch = Watch()
+        watch.show(("team", "bot"), "1")
+        for _ in range(3):
+            watch.compare({("team", "bot"): "1"})
+            assert not watch.silent
+
+    def test_news_may_be_on_their_way_for_one_list(self) -> None:
+        watch = Watch()
+        watch.compare({("team", "bot"): "1"})
+        assert not watch.silent
+        watch.show(("team", "bot"), "1")
+        watch.compare({("team", "bot"): "1"})
+        assert not watch.silent
+
+    def test_what_is_missing_twice_never_comes(self) -> None:
+        watch = Watch()
+        watch.show(("team", "bot"), "1")
+        watch.compare({("team", "bot"): "2"})
+        watch.compare({("team", "bot"): "2"})
+        assert watch.silent
+
+    def test_an_object_that_changes_all_the_time_says_nothing(self) -> None:
+        watch = Watch()
+        for version in "12345":
+            watch.compare({("team", "bot"): version})
+            assert not watch.silent
+
+    def test_it_recovers(self) -> None:
+        watch = Watch()
+        for _ in range(2):
+            watch.compare({("team", "bot"): "2"})
+        watch.show(("team", "bot"), "2")
+        watch.compare({("team", "bot"): "2"})
+        assert not watch.silent
+
+    def test_what_is_deleted_is_forgotten(self) -> None:
+        watch = Watch()
+        watch.compare({("team", "bot"): "1"})
+        watch.compare({})
+        watch.compare({("team", "bot"): "1"})
+        assert not watch.silent
+
+
+class Lists:
+    """Of everything in a cluster: one job."""
+
+    failing = False
+
+    async def versions(self, kind: Any, namespace: str | None, **_: Any) -> dict[tuple[str, str], str]:
+        if self.failing:
+            raise ApiError(500, "no")
+        return {("team", "bot"): "7"} if kind is FINETUNE_JOBS else {}
+
+
+class TestProbes:
+    async def resync(self, operator: Operator, times: int, lists: Lists) -> None:
+        """So many resyncs, without their pauses."""
+        pauses = 0
+
+        async def pause(seconds: float) -> None:
+            nonlocal pauses
+            pauses += 1
+            if pauses == times:
+                raise asyncio.CancelledError
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(asyncio.CancelledError):
+            patch.setattr(handlers.asyncio, "sleep", pause)
+            await operator._resync(lists)  # type: ignore[arg-type]
+
+    async def test_a_leader_is_ready_after_its_first_resync(self) -> None:
+        operator = Operator(SETTINGS)
+        assert operator.unready() == "starting\n"
+        await operator.lead()
+        assert operator.unready() == "no resync has succeeded yet\n"
+        failing = Lists()
+        failing.failing = True
+        await self.resync(operator, 3, failing)
+        assert operator.unready() == "no resync has succeeded yet\n"
+        assert operator.unhealthy() == "", "a restart would not mend that, and it has had no time yet"
+        await self.resync(operator, 1, Lists())
+        assert operator.unready() == operator.unhealthy() == ""
+
+    async def test_a_resync_that_is_overdue_is_unhealthy_for_a_leader_only(self) -> None:
+        operator = Operator(SETTINGS)
+        operator._resynced -= 3600
+        assert operator.unhealthy() == ""
+        await operator.lead()
+        assert "last successful resync was 36" in operator.unhealthy()
+        assert operator.unready() == operator.unhealthy()
+
+    async def test_a_task_that_ended_is_unhealthy(self) -> None:
+        operator = Operator(SETTINGS)
+        await operator.lead()
+        task = operator._run("resync", asyncio.sleep(0))
+        await task
+        assert operator.unhealthy() == "resync ended\n"
+
+    async def test_a_silent_watch_is_unhealthy(self) -> None:
+        operator = Operator(SETTINGS)
+        await operator.lead()
+        await self.resync(operator, 2, Lists())
+        assert operator.unhealthy() == "the watch of finetunejobs in all namespaces shows no changes\n"
+        operator.watched("finetunejobs", "team", "bot", "7")
+        await self.resync(operator, 1, Lists())
+        assert operator.unhealthy() == ""
