@@ -12,6 +12,7 @@ from typing import Any
 import kopf
 import prometheus_client
 
+from finetune_operator import logs
 from finetune_operator.config import Settings
 from finetune_operator.handlers import Operator, build_registry
 
@@ -19,16 +20,22 @@ log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("aiohttp.access", "kopf.objects", "kopf.activities"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line for each event would drown what matters
     try:
         settings = Settings.from_environment()
     except ValueError as error:
+        logs.configure("text", "INFO")
         log.error("%s", error)
         return 64
+    logs.configure(settings.log_format, settings.log_level)
+    if unknown := Settings.unknown():
+        # No reason to end: Kubernetes makes such variables for Services, and a newer chart may know newer settings.
+        log.warning("no settings of this operator: %s", ", ".join(unknown))
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    asyncio.run(run(settings))
+    try:
+        asyncio.run(run(settings))
+    except Exception:
+        log.critical("the operator ended", exc_info=True)
+        return 1
     return 0
 
 

@@ -16,6 +16,7 @@ from helm_chart import (
     CHART,
     EXAMPLES,
     NAMESPACE,
+    POD,
     ROOT,
     HelmError,
     at,
@@ -152,6 +153,9 @@ def test_every_value_is_documented() -> None:
         ("watchNamespaces", ["Team A"]),
         ("settings.workers", 0),
         ("settings.resyncSeconds", 1.5),
+        ("settings.leaseSeconds", 2),
+        ("settings.logFormat", "yaml"),
+        ("settings.logLevel", "info"),
         ("metrics.podMonitor.interval", "soon"),
         ("networkPolicy.apiServerPorts", []),
     ],
@@ -192,30 +196,23 @@ def test_chart_and_code_have_the_same_defaults() -> None:
         Settings(),
         trainer_image=f"ghcr.io/finetune-operator/trainer:{VERSION}",
         lease_name="tuner-finetune-operator",
+        lease_namespace=NAMESPACE,
+        pod_name=POD,
+        log_format="json",
     )
 
 
 def test_every_setting_can_be_set() -> None:
     settings = Settings.from_environment(operator_environment(rendered_example("everything")))
     # Address and port are nobody's business outside the pod; and pods of a cluster share no file system with anybody.
-    fixed = {"http_host", "http_port", "allow_files"} | FROM_THE_POD.keys()
+    # The format of the logs is text where nobody says anything, and json in the chart.
+    fixed = {"http_host", "http_port", "allow_files", "log_format"}
     names = {field.name for field in fields(Settings)}
     assert {name for name in names if getattr(settings, name) == getattr(Settings(), name)} == fixed
     assert settings.lease_name == "the-tuner"
     assert settings.stall_seconds == 2592000
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.image_pull_secrets == ("registry-jobs", "registry-base")
-
-
-FROM_THE_POD = {"lease_namespace": "metadata.namespace", "pod_name": "metadata.name"}
-"""Settings that the kubelet fills in, and the field that they are taken from."""
-
-
-@examples
-def test_the_operator_is_told_who_it_is(example: str) -> None:
-    variables = operator_container(rendered_example(example))["env"]
-    found = {item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in variables if "valueFrom" in item}
-    assert found == {f"FINETUNE_{name.upper()}": path for name, path in FROM_THE_POD.items()}
 
 
 @examples
