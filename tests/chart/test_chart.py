@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import kopf
 import kubernetes_validate
 import pytest
 from helm_chart import (
@@ -35,7 +36,7 @@ from helm_chart import (
 )
 
 from finetune_api import crd
-from finetune_operator import server
+from finetune_operator import handlers, server
 from finetune_operator.config import Settings
 from finetune_operator.metrics import Metrics
 
@@ -151,6 +152,7 @@ def test_every_value_is_documented() -> None:
         ("s3.addressingStyle", "path"),
         ("watchNamespaces", "team-a"),
         ("watchNamespaces", ["Team A"]),
+        ("replicas", 0),
         ("settings.workers", 0),
         ("settings.resyncSeconds", 1.5),
         ("settings.leaseSeconds", 2),
@@ -225,10 +227,29 @@ def test_port_of_the_process_is_the_port_of_the_container(example: str) -> None:
 # The operator's pod
 
 
-@examples
-def test_one_operator_at_a_time(example: str) -> None:
-    spec = the(rendered_example(example), "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_a_new_replica_starts_before_an_old_one_stops() -> None:
+    spec = the(rendered_example("default"), "Deployment")["spec"]
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_several_replicas_are_spread_and_not_drained_together(replicas: int) -> None:
+    objects = render({"replicas": replicas})
+    assert the(objects, "Deployment")["spec"]["replicas"] == replicas
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    spread = pod_template(objects)["spec"].get("topologySpreadConstraints", [])
+    assert len(budgets) == len(spread) == (0 if replicas == 1 else 1)
+    for item in budgets:
+        assert item["spec"]["maxUnavailable"] == 1
+    for item in spread:
+        assert (item["topologyKey"], item["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+
+
+def test_the_kubelet_waits_longer_than_a_stop_takes() -> None:
+    kopf_settings = kopf.OperatorSettings()
+    handlers.configure(kopf_settings, Settings())
+    grace = pod_template(rendered_example("default"))["spec"]["terminationGracePeriodSeconds"]
+    assert handlers.STOP_SECONDS < kopf_settings.process.ultimate_exiting_timeout < grace
 
 
 @pytest.mark.parametrize("place", ["commonLabels", "podLabels"])
@@ -238,7 +259,15 @@ def test_selectors_find_the_operator_whatever_labels_are_given(place: str) -> No
     pod = pod_template(objects)["metadata"]["labels"]
     deployment, service = the(objects, "Deployment")["spec"], the(objects, "Service")["spec"]
     policy = the(objects, "NetworkPolicy")["spec"]
-    for selector in (deployment["selector"]["matchLabels"], service["selector"], policy["podSelector"]["matchLabels"]):
+    budget = the(objects, "PodDisruptionBudget")["spec"]
+    (spread,) = pod_template(objects)["spec"]["topologySpreadConstraints"]
+    for selector in (
+        deployment["selector"]["matchLabels"],
+        service["selector"],
+        policy["podSelector"]["matchLabels"],
+        budget["selector"]["matchLabels"],
+        spread["labelSelector"]["matchLabels"],
+    ):
         assert set(selector) == {"app.kubernetes.io/name", "app.kubernetes.io/instance"}
         assert selector.items() <= pod.items()
     assert pod["given"] == "yes"
@@ -256,15 +285,20 @@ def test_named_ports_exist(example: str) -> None:
     assert used == names
 
 
-@pytest.mark.parametrize(("problem", "status"), [("", 200), ("the last successful resync was an hour ago", 503)])
-async def test_probes_ask_what_the_server_answers(problem: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("unhealthy", "unready", "expected"),
+    [("", "", (200, 200)), ("", "no lease\n", (200, 503)), ("a dead task\n", "a dead task\n", (503, 503))],
+)
+async def test_probes_ask_what_the_server_answers(unhealthy: str, unready: str, expected: tuple[int, int]) -> None:
     container = operator_container(rendered_example("default"))
-    runner = await server.serve("127.0.0.1", 0, Metrics(), lambda: problem, lambda: problem)
+    runner = await server.serve("127.0.0.1", 0, Metrics(), lambda: unhealthy, lambda: unready)
     host, port = runner.addresses[0]
+    found = []
     async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
         for probe in ("livenessProbe", "readinessProbe"):
             async with session.get(container[probe]["httpGet"]["path"]) as response:
-                assert response.status == status
+                found.append(response.status)
+    assert tuple(found) == expected
     await runner.cleanup()
 
 
