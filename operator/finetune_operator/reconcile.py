@@ -85,7 +85,7 @@ class Reconciler:
         delay = ERROR_DELAYS[min(count, len(ERROR_DELAYS)) - 1]
         if isinstance(error, ApiError) and error.retry_after:
             delay = max(delay, error.retry_after)
-        expected = isinstance(error, ApiError | OSError | TimeoutError)
+        expected = isinstance(error, ApiError | aiohttp.ClientError | OSError | TimeoutError)
         log.warning("%s/%s: %s; trying again in %.0f s", key.namespace, key.name, error, delay, exc_info=not expected)
         return delay * random.uniform(0.8, 1.2)
 

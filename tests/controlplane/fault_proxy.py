@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,9 @@ class Exchange:
     """A request on its way."""
 
     seen: Seen
-    request: web.Request
-    forward: Callable[[], Awaitable[web.StreamResponse]]
+    request: web.BaseRequest
+    carry_out: Callable[[], Awaitable[tuple[int, bytes]]]
+    """Sends it to the server and reads the answer, which nobody else sees."""
 
     def cut(self) -> web.StreamResponse:
         """Reset the connection: the operator gets no answer."""
@@ -124,26 +125,32 @@ async def _answer(
     body = await request.read()
     seen = Seen(request.method, request.path, request.query_string)
 
-    async def forward() -> web.StreamResponse:
+    @contextlib.asynccontextmanager
+    async def upstream() -> AsyncIterator[aiohttp.ClientResponse]:
         headers = {key: request.headers[key] for key in ("Accept", "Content-Type") if key in request.headers}
         if client.token:
             headers["Authorization"] = f"Bearer {client.token}"
-        async with session.request(seen.method, request.path_qs, headers=headers, data=body or None) as upstream:
-            answer = web.StreamResponse(status=upstream.status)
-            for key in ("Content-Type", "Retry-After"):
-                if key in upstream.headers:
-                    answer.headers[key] = upstream.headers[key]
-            # Either side may go away in the middle.
-            with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-                await answer.prepare(request)
-                async for piece in upstream.content.iter_any():
-                    await answer.write(piece)
-                await answer.write_eof()
-            return answer
+        async with session.request(seen.method, request.path_qs, headers=headers, data=body or None) as answer:
+            yield answer
+
+    async def carry_out() -> tuple[int, bytes]:
+        async with upstream() as answer:
+            return answer.status, await answer.read()
 
     proxy.seen.append(seen)
     if proxy.fault is not None:
-        spoiled = await proxy.fault(Exchange(seen, request, forward))  # type: ignore[arg-type]
+        spoiled = await proxy.fault(Exchange(seen, request, carry_out))
         if spoiled is not None:
             return spoiled
-    return await forward()
+    async with upstream() as source:
+        answer = web.StreamResponse(status=source.status)
+        for key in ("Content-Type", "Retry-After"):
+            if key in source.headers:
+                answer.headers[key] = source.headers[key]
+        # Either side may go away in the middle.
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+            await answer.prepare(request)
+            async for piece in source.content.iter_any():
+                await answer.write(piece)
+            await answer.write_eof()
+        return answer

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -79,6 +80,13 @@ class OperatorProcess:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
             body: bytes = response.read()
             return body.decode()
+
+    def probe(self, path: str) -> tuple[int, str]:
+        """Code and text of an answer that may be a refusal."""
+        try:
+            return 200, self.get(path)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
     def is_healthy(self, path: str = "/healthz") -> bool:
         assert self._process is not None
