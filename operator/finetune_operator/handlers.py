@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Coroutine
@@ -92,6 +93,9 @@ class Operator:
                 self.settings.lease_seconds,
             )
             self._exits.push_async_callback(self._election.release)
+            # A process that was stopped looks at its lease before it does anything else.
+            signal.signal(signal.SIGCONT, lambda *_: self.check())
+            self._exits.callback(signal.signal, signal.SIGCONT, signal.SIG_DFL)
             await self._election.win()
             self._run("lease", self._election.keep())
         self._leads = True

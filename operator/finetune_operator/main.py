@@ -44,8 +44,6 @@ async def run(settings: Settings) -> None:
     operator = Operator(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, operator.stopping.set)
-    # A process that was stopped looks at its lease before it does anything else.
-    signal.signal(signal.SIGCONT, lambda *_: operator.check())
     try:
         await operator.open()
         if not await _before(operator.stopping, operator.lead()):
