@@ -84,9 +84,11 @@ class Operator:
     async def lead(self) -> None:
         """Return when this process is the one that works."""
         if self.settings.lease_name:
+            # A client of its own, without limit and retries: a renewal must not wait behind other requests.
+            api = await load_client()
+            self._exits.push_async_callback(api.close)
             self._election = Election(
-                # A renewal waits for nothing: what comes too late is worse than none.
-                Kube(self._api, self.metrics, retries=0),
+                Kube(api, self.metrics, retries=0),
                 self.settings.lease_namespace,
                 self.settings.lease_name,
                 f"{self.settings.pod_name or socket.gethostname()}_{secrets.token_hex(4)}",
@@ -98,7 +100,7 @@ class Operator:
             self._exits.callback(signal.signal, signal.SIGCONT, signal.SIG_DFL)
             await self._election.win()
             self._run("lease", self._election.keep())
-        self._leads = True
+        self._leads, self._resynced = True, time.monotonic()
         self.metrics.is_leader.set(1)
 
     def check(self) -> None:
@@ -107,7 +109,6 @@ class Operator:
             self._election.check()
 
     async def start(self) -> None:
-        self._resynced = time.monotonic()
         limiter = TokenBucket(self.settings.kube_qps, self.settings.kube_burst)
         kube = Kube(self._api, self.metrics, self.check, limiter)
         reconciler = Reconciler(kube, self._reader, self.settings, self.metrics, self.queue.add)

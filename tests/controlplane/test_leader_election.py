@@ -229,3 +229,6 @@ def test_a_short_outage_of_the_api_server_changes_nothing(start: Start, job: Job
     kubelet.pod("prepare", seconds=60)
     assert leader.leads()
     assert replicas.lease()["leaseTransitions"] == 0
+    holder = replicas.lease()["holderIdentity"]
+    assert replicas.other(leader).stop() == 0
+    assert replicas.lease()["holderIdentity"] == holder, "a standby that goes releases nothing"

@@ -265,6 +265,8 @@ class TestProbes:
         operator._resynced -= 3600
         assert operator.unhealthy() == ""
         await operator.lead()
+        assert operator.unhealthy() == "", "its time counts from when it leads"
+        operator._resynced -= 3600
         assert "last successful resync was 36" in operator.unhealthy()
         assert operator.unready() == operator.unhealthy()
 
