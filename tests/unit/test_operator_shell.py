@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -285,3 +289,71 @@ class TestProbes:
         operator.watched("finetunejobs", "team", "bot", "7")
         await self.resync(operator, 1, Lists())
         assert operator.unhealthy() == ""
+
+
+class Won:
+    """An election that is won, and notes when it is looked at."""
+
+    looked = 0
+
+    def __init__(self, *_: Any) -> None:
+        Won.looked = 0
+
+    async def win(self) -> None:
+        return
+
+    async def keep(self) -> None:
+        await asyncio.sleep(3600)
+
+    async def release(self) -> None:
+        return
+
+    def check(self) -> None:
+        Won.looked += 1
+
+
+class Answers:
+    """An API server with one new job, which notes how often the lease was looked at before the first write."""
+
+    def __init__(self) -> None:
+        self.before_write = asyncio.Event()
+        self.looked_before_write = 0
+
+    async def param_serialize(self, method: str, path: str, **_: Any) -> tuple[str, str]:
+        return method, path
+
+    async def call_api(self, method: str, path: str, **_: Any) -> Any:
+        if method != "GET":
+            self.looked_before_write = Won.looked
+            self.before_write.set()
+            await asyncio.sleep(3600)
+        body = job_body() if path.endswith("/finetunejobs/bot") else {"items": []}
+        return SimpleNamespace(status=200, headers={}, read=lambda: asyncio.sleep(0, json.dumps(body).encode()))
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_the_lease_is_looked_at_before_each_write_and_after_each_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Answers()
+
+    async def load_client() -> Answers:
+        return api
+
+    monkeypatch.setattr(handlers, "load_client", load_client)
+    monkeypatch.setattr(handlers, "Election", Won)
+    monkeypatch.setattr(handlers, "STOP_SECONDS", 0.01)
+    settings = type(SETTINGS)(http_host="127.0.0.1", http_port=0, lease_name="lease", lease_namespace="team")
+    operator = Operator(settings)
+    await operator.open()
+    await operator.lead()
+    os.kill(os.getpid(), signal.SIGCONT)
+    assert Won.looked == 1
+    await operator.start()
+    operator.mark("team", "bot")
+    async with asyncio.timeout(30):
+        await api.before_write.wait()
+    assert api.looked_before_write == 2
+    await operator.stop()
+    os.kill(os.getpid(), signal.SIGCONT)
+    assert Won.looked == 2, "a lease that was released is nobody's to look at"
