@@ -68,10 +68,10 @@ class Settings:
     log_level: LogLevel = "INFO"
     """The least of DEBUG, INFO, WARNING and ERROR that is written; FINETUNE_LOG_LEVEL."""
 
-    kube_qps: float = 50.0
+    kube_qps: float = 100.0
     """Requests to the API server each second, watches aside; FINETUNE_KUBE_QPS."""
 
-    kube_burst: int = 100
+    kube_burst: int = 200
     """Requests at once after a quiet time; FINETUNE_KUBE_BURST."""
 
     lease_name: str = ""
