@@ -11,84 +11,144 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
+import signal
+import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 import kopf
-from aiohttp import web
 
 from finetune_api import GROUP, PLURAL, VERSION
 from finetune_api.names import LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_operator import server
 from finetune_operator.config import Settings
-from finetune_operator.kube import FINETUNE_JOBS, Kube, load_client
+from finetune_operator.election import Election
+from finetune_operator.kube import FINETUNE_JOBS, JOBS, PODS, Kind, Kube, load_client
+from finetune_operator.limiter import TokenBucket
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.reconcile import Key, Reconciler
+from finetune_operator.watches import Name, Watch
 from finetune_operator.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 10.0
+"""How long an order to stop waits for the looks in hand."""
+
 
 class Operator:
-    """What lives as long as the process: the queue, the clients, the resync."""
+    """What lives as long as the process: the queue, the clients, the lease, the resync."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.queue: WorkQueue[Key] = WorkQueue()
+        self.stopping = asyncio.Event()
+        self._exits = contextlib.AsyncExitStack()
         self._reader = ProgressReader()
+        self._election: Election | None = None
+        self._leads = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._server: web.AppRunner | None = None
-        self._started = time.monotonic()
-        self._resynced = self._started
-        self._watched: dict[Key, str] = {}
-        self._unwatched: dict[Key, str] = {}
-        """Versions that a resync found and the watch had not shown."""
-        self._silent = False
+        """Those without which nothing works."""
+        self._resynced = time.monotonic()
+        self._ready = False
+        self._namespaces = settings.namespaces or (None,)
+        self._watches = {
+            (kind.plural, namespace): Watch() for kind in (FINETUNE_JOBS, JOBS, PODS) for namespace in self._namespaces
+        }
         self.metrics.queue_depth.set_function(lambda: float(len(self.queue)))
 
-    def watched(self, namespace: str | None, name: str | None, version: str | None) -> None:
-        """The watch has shown a version of a job."""
+    def watched(self, plural: str, namespace: str | None, name: str | None, version: str | None) -> None:
+        """A watch has shown a version of an object."""
         if namespace and name and version:
-            self._watched[Key(namespace, name)] = version
+            watch = self._watches[plural, namespace if self.settings.namespaces else None]
+            watch.show((namespace, name), version)
 
     def mark(self, namespace: str | None, name: str | None) -> None:
         if namespace and name:
             self.queue.add(Key(namespace, name))
 
+    async def open(self) -> None:
+        """What a standby has too: a client, and somebody who answers probes."""
+        self._api = await load_client()
+        self._exits.push_async_callback(self._api.close)
+        self._exits.push_async_callback(self._reader.close)
+        settings = self.settings
+        runner = await server.serve(settings.http_host, settings.http_port, self.metrics, self.unhealthy, self.unready)
+        self._exits.push_async_callback(runner.cleanup)
+
+    async def lead(self) -> None:
+        """Return when this process is the one that works."""
+        if self.settings.lease_name:
+            # A client of its own, without limit and retries: a renewal must not wait behind other requests.
+            api = await load_client()
+            self._exits.push_async_callback(api.close)
+            self._election = Election(
+                Kube(api, self.metrics, retries=0),
+                self.settings.lease_namespace,
+                self.settings.lease_name,
+                f"{self.settings.pod_name or socket.gethostname()}_{secrets.token_hex(4)}",
+                self.settings.lease_seconds,
+            )
+            self._exits.push_async_callback(self._election.release)
+            # A process that was stopped looks at its lease before it does anything else.
+            signal.signal(signal.SIGCONT, lambda *_: self.check())
+            self._exits.callback(signal.signal, signal.SIGCONT, signal.SIG_DFL)
+            await self._election.win()
+            self._run("lease", self._election.keep())
+        self._leads, self._resynced = True, time.monotonic()
+        self.metrics.is_leader.set(1)
+
+    def check(self) -> None:
+        """Does not return when another one may lead."""
+        if self._election is not None:
+            self._election.check()
+
     async def start(self) -> None:
-        api = await load_client()
-        kube = Kube(api, self.metrics.request)
+        limiter = TokenBucket(self.settings.kube_qps, self.settings.kube_burst)
+        kube = Kube(self._api, self.metrics, self.check, limiter)
         reconciler = Reconciler(kube, self._reader, self.settings, self.metrics, self.queue.add)
-        self._api = api
-        self._tasks = [
-            asyncio.create_task(self.queue.run(reconciler, self.settings.workers), name="workers"),
-            asyncio.create_task(self._resync(kube), name="resync"),
-        ]
-        self._server = await server.serve(
-            self.settings.http_host, self.settings.http_port, self.metrics, self.unhealthy
-        )
+        workers = self._run("workers", self.queue.run(reconciler, self.settings.workers))
+        self._exits.push_async_callback(self._finish, workers)
+        self._run("resync", self._resync(kube))
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        if self._server is not None:
-            await self._server.cleanup()
-        await self._reader.close()
-        await self._api.close()  # type: ignore[no-untyped-call]
+        """Undo it all, in reverse order; once more does nothing."""
+        self.stopping.set()  # kopf waits for its task that waits for this
+        await self._exits.aclose()
+
+    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.append(task)
+        self._exits.push_async_callback(_end, task)
+        return task
+
+    async def _finish(self, workers: asyncio.Task[None]) -> None:
+        self.queue.close()
+        _, late = await asyncio.wait({workers}, timeout=STOP_SECONDS)
+        if late:
+            log.warning("some jobs were still looked at after %.0f s; the next operator looks again", STOP_SECONDS)
+
+    def unready(self) -> str:
+        """Why this process does not do its part, be it to work or to stand by; empty when it does."""
+        if self._leads:
+            return self.unhealthy() or ("" if self._ready else "no resync has succeeded yet\n")
+        return self._election.problem() if self._election else "starting\n"
 
     def unhealthy(self) -> str:
-        """What is wrong with the operator; empty when nothing is."""
+        """What a new process would mend; empty when there is nothing. A standby has nothing to be late with."""
+        if not self._leads:
+            return ""
         dead = [task.get_name() for task in self._tasks if task.done()]
         if dead:
             return f"{dead[0]} ended\n"
-        if self._silent:
-            return "the watch of FineTuneJobs shows no changes\n"
+        for (plural, namespace), watch in self._watches.items():
+            if watch.silent:
+                return f"the watch of {plural} in {namespace or 'all namespaces'} shows no changes\n"
         age = time.monotonic() - self._resynced
         if age > 3 * self.settings.resync_seconds + 30:
             return f"the last successful resync was {age:.0f} s ago\n"
@@ -97,32 +157,33 @@ class Operator:
     async def _resync(self, kube: Kube) -> None:
         """Look at every job now and then: events can be missed, and time passes without any."""
         while True:
-            found: dict[Key, str] = {}
             lost = 0
-            namespaces = self.settings.namespaces or (None,)
-            for namespace in namespaces:
+            for namespace in self._namespaces:
                 try:
-                    for body in await kube.list(FINETUNE_JOBS, namespace):
-                        metadata = body["metadata"]
-                        found[Key(metadata["namespace"], metadata["name"])] = metadata["resourceVersion"]
+                    for name in await self._compare(kube, FINETUNE_JOBS, namespace):
+                        self.queue.add(Key(*name))
+                    for kind in (JOBS, PODS):
+                        await self._compare(kube, kind, namespace, labelSelector=LABEL_JOB_UID)
                 except Exception as error:
                     # One namespace that was deleted, and its role with it, must not stop the others.
                     lost += 1
                     log.warning("resync of %s failed: %s", namespace or "all namespaces", error)
-            for key in found:
-                self.queue.add(key)
-            if lost < len(namespaces):
-                self._judge_watch(found)
-                self._resynced = time.monotonic()
+            if lost < len(self._namespaces):
+                self._resynced, self._ready = time.monotonic(), True
                 self.metrics.last_resync.set_to_current_time()
             await asyncio.sleep(self.settings.resync_seconds)
 
-    def _judge_watch(self, found: dict[Key, str]) -> None:
-        """A version that the watch has not shown from one resync to the next tells that the watch is dead."""
-        self._watched = {key: version for key, version in self._watched.items() if key in found}
-        unwatched = {key: version for key, version in found.items() if self._watched.get(key) != version}
-        self._silent = any(self._unwatched.get(key) == version for key, version in unwatched.items())
-        self._unwatched = unwatched
+    async def _compare(self, kube: Kube, kind: Kind, namespace: str | None, **query: str) -> dict[Name, str]:
+        """List objects, and judge the watch that should have shown them."""
+        found = await kube.versions(kind, namespace, **query)
+        self._watches[kind.plural, namespace].compare(found)
+        return found
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def build_registry(operator: Operator) -> kopf.OperatorRegistry:
@@ -150,12 +211,15 @@ def build_registry(operator: Operator) -> kopf.OperatorRegistry:
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def job_changed(namespace: str | None, name: str | None, meta: kopf.Meta, **_: Any) -> None:
-        operator.watched(namespace, name, meta.get("resourceVersion"))
+        operator.watched(PLURAL, namespace, name, meta.get("resourceVersion"))
         operator.mark(namespace, name)
 
     @kopf.on.event("batch", "v1", "jobs", labels=children, registry=registry)
     @kopf.on.event("", "v1", "pods", labels=children, registry=registry)
-    async def child_changed(namespace: str | None, labels: kopf.Labels, **_: Any) -> None:
+    async def child_changed(
+        resource: kopf.Resource, namespace: str | None, name: str | None, meta: kopf.Meta, labels: kopf.Labels, **_: Any
+    ) -> None:
+        operator.watched(resource.plural, namespace, name, meta.get("resourceVersion"))
         operator.mark(namespace, labels.get(LABEL_JOB_NAME))
 
     return registry
@@ -179,4 +243,5 @@ def configure(settings: kopf.OperatorSettings, ours: Settings) -> None:
     # Logs are logs; events are recorded explicitly.
     settings.posting.enabled = False
     settings.peering.standalone = True
-    settings.process.ultimate_exiting_timeout = 10
+    # Above all that a stop waits for, and below the pod's terminationGracePeriodSeconds.
+    settings.process.ultimate_exiting_timeout = 25

@@ -6,9 +6,11 @@ know yet.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +18,13 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from finetune_api import GROUP, PLURAL, VERSION
+from finetune_operator.limiter import TokenBucket
 
 REQUEST_TIMEOUT = 20.0
+RETRIES = 3
+"""How often a request that the API server has put off is sent again."""
+PATIENCE = 10.0
+"""Seconds that it is put off for at most; beyond that the caller is told, and has other things to do meanwhile."""
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -39,6 +46,7 @@ JOBS = Kind("batch", "v1", "jobs")
 PODS = Kind("", "v1", "pods")
 CONFIG_MAPS = Kind("", "v1", "configmaps")
 EVENTS = Kind("", "v1", "events")
+LEASES = Kind("coordination.k8s.io", "v1", "leases")
 FINETUNE_JOBS = Kind(GROUP, VERSION, PLURAL)
 BY_NAME = {"ConfigMap": CONFIG_MAPS, "Job": JOBS}
 
@@ -53,8 +61,14 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
 
-class RequestObserver(Protocol):
-    def __call__(self, verb: str, resource: str, code: int, seconds: float) -> None: ...
+class Observer(Protocol):
+    """Counts what `Kube` does."""
+
+    def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
+        """One request was answered."""
+
+    def throttled(self, by: str, seconds: float) -> None:
+        """One request waits: by "client", for our own limit, or by "server", which asked for it."""
 
 
 async def load_client() -> client.ApiClient:
@@ -84,9 +98,20 @@ async def load_client_of_user(kubeconfig: str | None, context: str | None) -> tu
 class Kube:
     """Verbs on objects. Errors are `ApiError`; network errors pass through as they are."""
 
-    def __init__(self, api: client.ApiClient, observer: RequestObserver | None = None) -> None:
+    def __init__(
+        self,
+        api: client.ApiClient,
+        observer: Observer | None = None,
+        guard: Callable[[], None] = lambda: None,
+        limiter: TokenBucket | None = None,
+        retries: int = RETRIES,
+    ) -> None:
+        """`guard` is called before each write, and must not return when the process may not write."""
         self._api = api
         self._observer = observer
+        self._guard = guard
+        self._limiter = limiter
+        self._retries = retries
 
     async def get(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
         """The object, or None when it does not exist."""
@@ -98,19 +123,23 @@ class Kube:
             raise
 
     async def list(self, kind: Kind, namespace: str | None, **query: str) -> list[dict[str, Any]]:
-        """All objects, page by page. Query parameters: labelSelector, fieldSelector."""
-        items: list[dict[str, Any]] = []
-        parameters = {"limit": "500", **query}
-        while True:
-            page = await self._request("GET", kind, kind.path(namespace), query=parameters)
-            items += page.get("items") or []
-            more = (page.get("metadata") or {}).get("continue")
-            if not more:
-                return items
-            parameters = {**parameters, "continue": more}
+        """All objects. Query parameters: labelSelector, fieldSelector."""
+        return [item async for page in self._pages(kind, namespace, query) for item in page]
+
+    async def versions(self, kind: Kind, namespace: str | None, **query: str) -> dict[tuple[str, str], str]:
+        """The version of each object by its namespace and name. Of the objects themselves only a page is in memory."""
+        return {
+            (item["metadata"]["namespace"], item["metadata"]["name"]): item["metadata"]["resourceVersion"]
+            async for page in self._pages(kind, namespace, query)
+            for item in page
+        }
 
     async def create(self, kind: Kind, namespace: str, body: dict[str, Any], **query: str) -> dict[str, Any]:
         return await self._request("POST", kind, kind.path(namespace), query=query, body=body)
+
+    async def replace(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Write the whole object. A resourceVersion in the body makes it fail with 409 when the object changed."""
+        return await self._request("PUT", kind, kind.path(namespace, name), body=body)
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, uid: str | None = None, version: str | None = None
@@ -149,6 +178,18 @@ class Kube:
         """Merge patch of the status. A resourceVersion in the body makes it fail with 409 when the object changed."""
         return await self._request("PATCH", kind, kind.path(namespace, name, "status"), body=body)
 
+    async def _pages(
+        self, kind: Kind, namespace: str | None, query: Mapping[str, str]
+    ) -> AsyncIterator[Sequence[dict[str, Any]]]:
+        parameters = {"limit": "500", **query}
+        while True:
+            page = await self._request("GET", kind, kind.path(namespace), query=parameters)
+            yield page.get("items") or []
+            more = (page.get("metadata") or {}).get("continue")
+            if not more:
+                return
+            parameters["continue"] = more
+
     async def _request(
         self,
         method: str,
@@ -168,15 +209,35 @@ class Kube:
             body=body,
             auth_settings=["BearerToken"],
         )
-        started = time.monotonic()
-        response = await self._api.call_api(*request, _request_timeout=REQUEST_TIMEOUT)
-        data: bytes = await response.read()  # type: ignore[no-untyped-call]
-        if self._observer:
-            self._observer(method, kind.plural, response.status, time.monotonic() - started)
-        if response.status >= 300:
-            raise _error(response.status, response.headers, data)
-        result: dict[str, Any] = json.loads(data)
-        return result
+        retries = self._retries
+        while True:
+            if self._limiter:
+                await self._wait("client", self._limiter.reserve())
+            if method != "GET":
+                self._guard()
+            started = time.monotonic()
+            response = await self._api.call_api(*request, _request_timeout=REQUEST_TIMEOUT)
+            data: bytes = await response.read()  # type: ignore[no-untyped-call]
+            if self._observer:
+                self._observer.request(method, kind.plural, response.status, time.monotonic() - started)
+            if response.status < 300:
+                result: dict[str, Any] = json.loads(data)
+                return result
+            error = _error(response.status, response.headers, data)
+            # A request that was put off was not carried out. One without an answer may have been: that is for the
+            # caller, who looks first.
+            later = error.retry_after if error.status in (429, 503) else None
+            if later is None or not retries or not 0 <= later <= PATIENCE:
+                raise error
+            retries -= 1
+            # Not all of those that were put off together come back together.
+            await self._wait("server", later * random.uniform(1.0, 1.2))
+
+    async def _wait(self, by: str, seconds: float) -> None:
+        if seconds > 0:
+            if self._observer:
+                self._observer.throttled(by, seconds)
+            await asyncio.sleep(seconds)
 
 
 def _error(status: int, headers: Mapping[str, str], data: bytes) -> ApiError:

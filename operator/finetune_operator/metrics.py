@@ -26,6 +26,9 @@ class Metrics:
             registry=self.registry,
         )
         build.labels(version("finetune-operator"), version("kopf"), platform.python_version()).set(1)
+        self.is_leader = Gauge(
+            "finetune_operator_is_leader", "1 when this process works, 0 when it stands by.", registry=self.registry
+        )
         self.reconciles = Counter(
             "finetune_operator_reconcile_total", "Looks at a job by result.", ["result"], registry=self.registry
         )
@@ -54,6 +57,14 @@ class Metrics:
             ["verb"],
             registry=self.registry,
         )
+        self.throttled_seconds = Counter(
+            "finetune_operator_kube_throttled_seconds_total",
+            "Time that requests to the API server waited, for our own limit or because it asked for it.",
+            ["by"],
+            registry=self.registry,
+        )
+        for by in ("client", "server"):
+            self.throttled_seconds.labels(by)
         self.finished = Counter(
             "finetune_jobs_finished_total",
             "Jobs that ended while this operator watched, by result and reason.",
@@ -74,6 +85,9 @@ class Metrics:
     def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
         self.requests.labels(verb, resource, str(code)).inc()
         self.request_seconds.labels(verb).observe(seconds)
+
+    def throttled(self, by: str, seconds: float) -> None:
+        self.throttled_seconds.labels(by).inc(seconds)
 
     def observe(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
         """Take note of a job's new status."""

@@ -20,6 +20,7 @@ import aiohttp
 from finetune_api import API_VERSION, KIND
 from finetune_api.names import LABEL_JOB_UID, MANAGER
 from finetune_api.report import Report
+from finetune_operator import logs
 from finetune_operator.config import Settings
 from finetune_operator.kube import BY_NAME, EVENTS, FINETUNE_JOBS, JOBS, PODS, ApiError, Kube, merge_patch
 from finetune_operator.metrics import Metrics
@@ -63,7 +64,7 @@ class Reconciler:
 
     async def __call__(self, key: Key) -> None:
         """Bring one job forward. Never raises; what fails is tried again."""
-        with self._metrics.reconcile_seconds.time():
+        with logs.about(namespace=key.namespace, job=key.name), self._metrics.reconcile_seconds.time():
             try:
                 delay = await self._reconcile(key)
             except Exception as error:
@@ -84,7 +85,7 @@ class Reconciler:
         delay = ERROR_DELAYS[min(count, len(ERROR_DELAYS)) - 1]
         if isinstance(error, ApiError) and error.retry_after:
             delay = max(delay, error.retry_after)
-        expected = isinstance(error, ApiError | OSError | TimeoutError)
+        expected = isinstance(error, ApiError | aiohttp.ClientError | OSError | TimeoutError)
         log.warning("%s/%s: %s; trying again in %.0f s", key.namespace, key.name, error, delay, exc_info=not expected)
         return delay * random.uniform(0.8, 1.2)
 
@@ -94,10 +95,13 @@ class Reconciler:
             self._metrics.forget(key.namespace, key.name)
             return None
         job = FineTuneJob.parse(body)
+        logs.add(uid=job.uid)
         if job.status_problem:
             log.warning("%s/%s is left alone: %s", job.namespace, job.name, job.status_problem)
         seen = await self._observe(job)
         planned = plan(job, seen, self._settings, self._clock())
+        if planned.status.attempt is not None:
+            logs.add(stage=planned.status.attempt.stage, attempt=planned.status.attempt.number)
         if planned.needs_refusals_of and not seen.refusals:
             events = await self._kube.list(
                 EVENTS,

@@ -23,6 +23,7 @@ class WorkQueue(Generic[Key]):
         self._order = itertools.count()
         self._busy: set[Key] = set()
         self._changed = asyncio.Event()
+        self._closed = False
 
     def add(self, key: Key, delay: float = 0.0) -> None:
         """Make a key due after `delay` seconds, or earlier if it was due earlier."""
@@ -36,23 +37,28 @@ class WorkQueue(Generic[Key]):
         """Keys that wait, due or not."""
         return len(self._due)
 
+    def close(self) -> None:
+        """Start nothing more: `run` ends with what is in hand."""
+        self._closed = True
+        self._changed.set()
+
     async def run(self, work: Callable[[Key], Awaitable[None]], workers: int) -> None:
-        """Work until cancelled. `work` handles its own errors."""
+        """Work until closed or cancelled. `work` handles its own errors."""
         async with asyncio.TaskGroup() as group:
             for _ in range(workers):
                 group.create_task(self._worker(work))
 
     async def _worker(self, work: Callable[[Key], Awaitable[None]]) -> None:
-        while True:
-            key = await self._next()
+        while (key := await self._next()) is not None:
             try:
                 await work(key)
             finally:
                 self._busy.discard(key)
                 self._changed.set()
 
-    async def _next(self) -> Key:
-        while True:
+    async def _next(self) -> Key | None:
+        """The next key that is due, when it is; None when there is to be none."""
+        while not self._closed:
             self._changed.clear()
             wait: float | None = None
             skipped: list[tuple[float, int, Key]] = []
@@ -81,3 +87,4 @@ class WorkQueue(Generic[Key]):
                 await asyncio.wait_for(self._changed.wait(), timeout=wait)
             except TimeoutError:
                 continue
+        return None

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "finetune-operator"
 RELEASE = "tuner"
 NAMESPACE = "tuner-system"
+POD = "tuner-5f7d9c-x2x4z"
 EXAMPLES = sorted((CHART / "ci").glob("*-values.yaml"))
 
 Values = dict[str, Any]
@@ -90,9 +91,14 @@ def operator_container(objects: list[Object]) -> Object:
 
 
 def operator_environment(objects: list[Object]) -> dict[str, str]:
-    """The operator's settings as its process sees them."""
+    """The operator's settings as its process sees them, with what the kubelet fills in."""
+    pod = {"metadata.namespace": NAMESPACE, "metadata.name": POD}
     variables = operator_container(objects)["env"]
-    return {item["name"]: item["value"] for item in variables if item["name"].startswith("FINETUNE_")}
+    return {
+        item["name"]: item["value"] if "value" in item else pod[item["valueFrom"]["fieldRef"]["fieldPath"]]
+        for item in variables
+        if item["name"].startswith("FINETUNE_")
+    }
 
 
 def documented_values() -> dict[str, tuple[Any, str]]:

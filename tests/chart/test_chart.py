@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import kopf
 import kubernetes_validate
 import pytest
 from helm_chart import (
     CHART,
     EXAMPLES,
     NAMESPACE,
+    POD,
     ROOT,
     HelmError,
     at,
@@ -34,7 +36,7 @@ from helm_chart import (
 )
 
 from finetune_api import crd
-from finetune_operator import server
+from finetune_operator import handlers, server
 from finetune_operator.config import Settings
 from finetune_operator.metrics import Metrics
 
@@ -154,8 +156,12 @@ def test_every_value_is_documented() -> None:
         ("s3.addressingStyle", "path"),
         ("watchNamespaces", "team-a"),
         ("watchNamespaces", ["Team A"]),
+        ("replicas", 0),
         ("settings.workers", 0),
         ("settings.resyncSeconds", 1.5),
+        ("settings.leaseSeconds", 2),
+        ("settings.logFormat", "yaml"),
+        ("settings.logLevel", "info"),
         ("metrics.podMonitor.interval", "soon"),
         ("networkPolicy.apiServerPorts", []),
     ],
@@ -192,15 +198,24 @@ def test_image_references(values: dict[str, str], reference: str) -> None:
 
 def test_chart_and_code_have_the_same_defaults() -> None:
     settings = Settings.from_environment(operator_environment(rendered_example("default")))
-    assert settings == replace(Settings(), trainer_image=f"ghcr.io/finetune-operator/trainer:{VERSION}")
+    assert settings == replace(
+        Settings(),
+        trainer_image=f"ghcr.io/finetune-operator/trainer:{VERSION}",
+        lease_name="tuner-finetune-operator",
+        lease_namespace=NAMESPACE,
+        pod_name=POD,
+        log_format="json",
+    )
 
 
 def test_every_setting_can_be_set() -> None:
     settings = Settings.from_environment(operator_environment(rendered_example("everything")))
     # Address and port are nobody's business outside the pod; and pods of a cluster share no file system with anybody.
-    fixed = {"http_host", "http_port", "allow_files"}
+    # The format of the logs is text where nobody says anything, and json in the chart.
+    fixed = {"http_host", "http_port", "allow_files", "log_format"}
     names = {field.name for field in fields(Settings)}
     assert {name for name in names if getattr(settings, name) == getattr(Settings(), name)} == fixed
+    assert settings.lease_name == "the-tuner"
     assert settings.stall_seconds == 2592000
     assert settings.namespaces == ("team-a", "team-b")
     assert settings.image_pull_secrets == ("registry-jobs", "registry-base")
@@ -220,10 +235,29 @@ def test_port_of_the_process_is_the_port_of_the_container(example: str) -> None:
 # The operator's pod
 
 
-@examples
-def test_one_operator_at_a_time(example: str) -> None:
-    spec = the(rendered_example(example), "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_a_new_replica_starts_before_an_old_one_stops() -> None:
+    spec = the(rendered_example("default"), "Deployment")["spec"]
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_several_replicas_are_spread_and_not_drained_together(replicas: int) -> None:
+    objects = render({"replicas": replicas})
+    assert the(objects, "Deployment")["spec"]["replicas"] == replicas
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    spread = pod_template(objects)["spec"].get("topologySpreadConstraints", [])
+    assert len(budgets) == len(spread) == (0 if replicas == 1 else 1)
+    for item in budgets:
+        assert item["spec"]["maxUnavailable"] == 1
+    for item in spread:
+        assert (item["topologyKey"], item["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+
+
+def test_the_kubelet_waits_longer_than_a_stop_takes() -> None:
+    kopf_settings = kopf.OperatorSettings()
+    handlers.configure(kopf_settings, Settings())
+    grace = pod_template(rendered_example("default"))["spec"]["terminationGracePeriodSeconds"]
+    assert handlers.STOP_SECONDS < kopf_settings.process.ultimate_exiting_timeout < grace
 
 
 @pytest.mark.parametrize("place", ["commonLabels", "podLabels"])
@@ -233,7 +267,15 @@ def test_selectors_find_the_operator_whatever_labels_are_given(place: str) -> No
     pod = pod_template(objects)["metadata"]["labels"]
     deployment, service = the(objects, "Deployment")["spec"], the(objects, "Service")["spec"]
     policy = the(objects, "NetworkPolicy")["spec"]
-    for selector in (deployment["selector"]["matchLabels"], service["selector"], policy["podSelector"]["matchLabels"]):
+    budget = the(objects, "PodDisruptionBudget")["spec"]
+    (spread,) = pod_template(objects)["spec"]["topologySpreadConstraints"]
+    for selector in (
+        deployment["selector"]["matchLabels"],
+        service["selector"],
+        policy["podSelector"]["matchLabels"],
+        budget["selector"]["matchLabels"],
+        spread["labelSelector"]["matchLabels"],
+    ):
         assert set(selector) == {"app.kubernetes.io/name", "app.kubernetes.io/instance"}
         assert selector.items() <= pod.items()
     assert pod["given"] == "yes"
@@ -251,15 +293,20 @@ def test_named_ports_exist(example: str) -> None:
     assert used == names
 
 
-@pytest.mark.parametrize(("problem", "status"), [("", 200), ("the last successful resync was an hour ago", 503)])
-async def test_probes_ask_what_the_server_answers(problem: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("unhealthy", "unready", "expected"),
+    [("", "", (200, 200)), ("", "no lease\n", (200, 503)), ("a dead task\n", "a dead task\n", (503, 503))],
+)
+async def test_probes_ask_what_the_server_answers(unhealthy: str, unready: str, expected: tuple[int, int]) -> None:
     container = operator_container(rendered_example("default"))
-    runner = await server.serve("127.0.0.1", 0, Metrics(), lambda: problem)
+    runner = await server.serve("127.0.0.1", 0, Metrics(), lambda: unhealthy, lambda: unready)
     host, port = runner.addresses[0]
+    found = []
     async with aiohttp.ClientSession(f"http://{host}:{port}") as session:
         for probe in ("livenessProbe", "readinessProbe"):
             async with session.get(container[probe]["httpGet"]["path"]) as response:
-                assert response.status == status
+                found.append(response.status)
+    assert tuple(found) == expected
     await runner.cleanup()
 
 
@@ -314,7 +361,7 @@ def test_no_credentials(example: str) -> None:
     assert of_kind(objects, "Secret") == []
     container = operator_container(objects)
     assert "envFrom" not in container
-    assert not any("valueFrom" in variable for variable in container["env"])
+    assert not any("secretKeyRef" in variable.get("valueFrom", {}) for variable in container["env"])
     assert "volumes" not in pod_template(objects)["spec"]
     values = {path for path in leaves(load(CHART / "values.yaml")) if re.search("(?i)secret|key|token|password", path)}
     assert values == {"imagePullSecrets", "trainer.imagePullSecrets"}

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from builders import UID, child_job, job_body
-from helm_chart import NAMESPACE, Object, of_kind, rendered_example, the
+from helm_chart import NAMESPACE, Object, of_kind, operator_environment, rendered_example, the
 
 from finetune_api import GROUP, VERSION
 from finetune_api.names import LABEL_ATTEMPT, LABEL_JOB_UID, LABEL_STAGE, Stage
@@ -31,6 +31,7 @@ Right = tuple[str, str, str]
 
 CODE = Path(handlers.__file__).parent
 VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
+LEASE = "tuner-finetune-operator"
 LONG_AGO = "2026-01-01T00:00:00Z"
 NAMES = ("free", "blocked", "halted", "over")
 POSITION = {LABEL_STAGE: "prepare", LABEL_ATTEMPT: "1"}
@@ -76,7 +77,12 @@ class ApiServer:
             if path in self.objects:
                 return Response(409, {"message": "already exists"})
             self.objects[path] = {**body, "metadata": {**body["metadata"], "creationTimestamp": LONG_AGO}}
-        found = self.objects[path.removesuffix("/status")]
+        path = path.removesuffix("/status")
+        if path not in self.objects:
+            return Response(404, {"message": "not found"})
+        if verb == "update":
+            self.objects[path] = body
+        found = self.objects[path]
         if verb == "patch":
             found["status"] = body["status"]
         return Response(200, found)
@@ -146,12 +152,19 @@ async def used(monkeypatch: pytest.MonkeyPatch) -> set[Right]:
     """The rights that the operator and kopf use."""
     server = ApiServer()
     server.objects = jobs_in_all_situations()
+    lease = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/{LEASE}"
 
     async def load_client() -> ApiServer:
         return server
 
     monkeypatch.setattr(handlers, "load_client", load_client)
-    operator = Operator(Settings(http_host="127.0.0.1", http_port=0))
+    settings = Settings(http_host="127.0.0.1", http_port=0, lease_name=LEASE, lease_namespace=NAMESPACE)
+    for operator in (Operator(settings), Operator(settings)):
+        # The first one makes the lease and releases it, the second one takes it.
+        await operator.open()
+        await operator.lead()
+        if server.objects[lease]["spec"]["leaseTransitions"] == 0:
+            await operator.stop()
     await operator.start()
     missing = calls()
     for _ in range(100):
@@ -191,9 +204,24 @@ def granted(role: Object) -> list[Right]:
     ]
 
 
+def leases(rights: set[Right]) -> set[Right]:
+    return {right for right in rights if right[:2] == ("coordination.k8s.io", "leases")}
+
+
 def test_cluster_role_is_what_the_code_uses(used: set[Right]) -> None:
     rights = granted(the(rendered_example("default"), "ClusterRole", "tuner-finetune-operator"))
-    assert sorted(rights) == sorted(used)
+    assert sorted(rights) == sorted(used - leases(used))
+
+
+def test_the_lease_is_the_only_one_and_in_the_operators_namespace(used: set[Right]) -> None:
+    assert leases(used)
+    role = the(rendered_example("default"), "Role")
+    assert role["metadata"]["namespace"] == NAMESPACE
+    assert sorted(granted(role)) == sorted(leases(used))
+    # What is created has no name yet to be compared with.
+    assert {verb for rule in role["rules"] for verb in rule["verbs"] if "resourceNames" not in rule} == {"create"}
+    settings = Settings.from_environment(operator_environment(rendered_example("default")))
+    assert {name for rule in role["rules"] for name in rule.get("resourceNames", ())} == {settings.lease_name}
 
 
 def test_a_role_in_each_namespace_is_the_same() -> None:
@@ -202,6 +230,7 @@ def test_a_role_in_each_namespace_is_the_same() -> None:
     assert not of_kind(objects, "ClusterRole")
     assert not of_kind(objects, "ClusterRoleBinding")
     roles = {role["metadata"]["namespace"]: role["rules"] for role in of_kind(objects, "Role")}
+    assert roles.pop(NAMESPACE) == the(rendered_example("default"), "Role")["rules"]
     assert roles == {"team-a": rules, "team-b": rules}
 
 

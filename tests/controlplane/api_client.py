@@ -64,12 +64,12 @@ class Client:
         url = urlsplit(cluster["server"])
         self.host, self.port = url.hostname or "", url.port or 443
         self.token: str | None = user.get("token")
-        self._tls = ssl.create_default_context(cadata=_text(cluster, "certificate-authority"))
+        self.tls = ssl.create_default_context(cadata=_text(cluster, "certificate-authority"))
         if "client-certificate" in user or "client-certificate-data" in user:
             with tempfile.NamedTemporaryFile("w") as file:
                 file.write(_text(user, "client-certificate") + "\n" + _text(user, "client-key"))
                 file.flush()
-                self._tls.load_cert_chain(file.name)
+                self.tls.load_cert_chain(file.name)
 
     def request(
         self,
@@ -83,7 +83,7 @@ class Client:
         **query: Any,
     ) -> Answer:
         """Send one request; a body that is not bytes is sent as JSON."""
-        connection = http.client.HTTPSConnection(self.host, self.port, context=self._tls, timeout=30)
+        connection = http.client.HTTPSConnection(self.host, self.port, context=self.tls, timeout=30)
         try:
             connection.request(
                 method,
@@ -113,7 +113,7 @@ class Client:
     @contextmanager
     def watch(self, path: str, accept: str = "application/json", **query: Any) -> Iterator[Watched]:
         """Read a watch in the background for as long as the block runs."""
-        connection = http.client.HTTPSConnection(self.host, self.port, context=self._tls, timeout=90)
+        connection = http.client.HTTPSConnection(self.host, self.port, context=self.tls, timeout=90)
         connection.request("GET", _with_query(path, {"watch": "true", **query}), headers=self._headers(accept))
         # A watch answers with its first event, so the answer is waited for in the background, too.
         watched = Watched()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class OperatorProcess:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, wait: bool = True) -> None:
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "finetune_operator.main"],
@@ -47,7 +48,8 @@ class OperatorProcess:
                 stdout=output,
                 stderr=output,
             )
-        eventually(self.is_healthy, describe=self.log)
+        if wait:
+            eventually(self.is_healthy, describe=self.log)
 
     def kill(self) -> None:
         """`kill -9`: nothing is said, nothing is tidied."""
@@ -61,6 +63,15 @@ class OperatorProcess:
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(timeout=30)
 
+    def send(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def ended(self) -> int | None:
+        """The exit code; None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.kill()
@@ -70,11 +81,24 @@ class OperatorProcess:
             body: bytes = response.read()
             return body.decode()
 
-    def is_healthy(self) -> bool:
+    def probe(self, path: str) -> tuple[int, str]:
+        """Code and text of an answer that may be a refusal."""
+        try:
+            return 200, self.get(path)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def is_healthy(self, path: str = "/healthz") -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log()
         try:
-            return self.get("/healthz") == "ok\n"
+            return self.get(path) == "ok\n"
+        except OSError:
+            return False
+
+    def leads(self) -> bool:
+        try:
+            return "finetune_operator_is_leader 1.0" in self.get("/metrics")
         except OSError:
             return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -429,6 +430,40 @@ def test_health_and_metrics(job: Job, kubelet: ScriptedKubelet, operator: Operat
     assert 'finetune_operator_reconcile_total{result="success"}' in text
     assert "finetune_operator_build_info" in text
     assert operator.get("/readyz") == "ok\n"
+
+
+def test_lines_are_objects_that_name_the_job_and_no_secret(
+    scripted_server: TestServer, job: Job, kubelet: ScriptedKubelet, namespace: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "operator.log"
+    settings = {"FINETUNE_LOG_FORMAT": "json", "FINETUNE_LOG_LEVEL": "DEBUG", "FINETUNE_WROKERS": "4"}
+    operator = OperatorProcess(scripted_server.kubeconfig, namespace, log, **settings)
+    operator.start()
+    try:
+        job.create()
+        play(job, kubelet, "prepare")
+        kubelet.pod("train")
+        assert operator.stop() == 0
+    finally:
+        operator.close()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len({line["logger"].partition(".")[0] for line in lines}) > 1, "libraries are among them"
+    (created,) = [line for line in lines if line["msg"].endswith("created Job bot-train-1")]
+    expected = {"namespace": namespace, "job": "bot", "uid": job.body()["metadata"]["uid"], "stage": "train"}
+    assert created.items() >= (expected | {"attempt": 1, "level": "info"}).items()
+    assert any("FINETUNE_WROKERS" in line["msg"] for line in lines)
+    if scripted_server.client.token:
+        assert scripted_server.client.token not in log.read_text()
+
+
+def test_an_operator_that_cannot_start_says_why_in_a_line(tmp_path: Path) -> None:
+    log = tmp_path / "operator.log"
+    operator = OperatorProcess(tmp_path / "no-kubeconfig", "default", log, FINETUNE_LOG_FORMAT="json")
+    operator.start(wait=False)
+    assert eventually(operator.ended, 60) == 1
+    *_, last = [json.loads(line) for line in log.read_text().splitlines()]
+    assert last["level"] == "critical"
+    assert "kube-config" in last["exception"]
 
 
 def test_series_of_a_job_go_with_it(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from finetune_api.names import Stage
 from finetune_api.report import Outcome, Report, StepProgress
 from finetune_api.status import CheckpointResult, ConditionType, EvaluationResult, Measurement
 from finetune_operator.cli.validation import validate
+from finetune_operator.config import Settings, variable
 from finetune_operator.metrics import Metrics
 from finetune_trainer.metrics import exposition
 
@@ -90,6 +93,26 @@ def test_every_metric_is_listed_and_no_other() -> None:
     listed = {(row[0].strip("`"), row[1]) for row in table("metrics.md")}
     served = families(Metrics().exposition()) | families(exposition(full_report)())
     assert {(name, kind) for name, kind in served if not name.endswith("_created")} == listed
+
+
+def test_every_setting_is_listed_with_its_default_and_no_other() -> None:
+    listed = {row[0].strip("`"): row[1].strip("`") for row in table("operator.md")}
+
+    def text(default: object) -> str:
+        if isinstance(default, tuple):
+            return ",".join(default)
+        return str(default).lower() if isinstance(default, bool) else str(default or "")
+
+    assert listed == {variable(field.name): text(field.default) for field in fields(Settings)}
+
+
+def test_every_setting_names_its_variable_where_it_is_defined() -> None:
+    code = inspect.getsource(Settings)
+    for field in fields(Settings):
+        # The default may be a tuple of strings over several lines.
+        default = r'[^"]*(?:"[^"\n]*"[^"]*)*?'
+        named = rf'^    {field.name}:{default}\n    """[^"]*\b{variable(field.name)}\b'
+        assert re.search(named, code, re.MULTILINE), field.name
 
 
 def test_the_readmes_manifest_is_valid() -> None:

@@ -149,6 +149,29 @@ class TestSettings:
         )
         assert settings == Settings(namespaces=("a", "b"), http_port=9, allow_files=True, poll_seconds=0.5)
 
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("FINETUNE_LOG_FORMAT", "yaml"),
+            ("FINETUNE_LOG_LEVEL", "info"),
+            ("FINETUNE_S3_ADDRESSING_STYLE", "path"),
+            ("FINETUNE_WORKERS", "0"),
+            ("FINETUNE_WORKERS", "1.5"),
+            ("FINETUNE_KUBE_QPS", "0"),
+            ("FINETUNE_RESYNC_SECONDS", "-1"),
+            ("FINETUNE_PROGRESS_SECONDS", "-1"),
+            ("FINETUNE_LEASE_SECONDS", "2"),
+            ("FINETUNE_LEASE_NAME", "a-lease-without-a-namespace"),
+        ],
+    )
+    def test_a_value_that_makes_no_sense_is_refused(self, name: str, text: str) -> None:
+        with pytest.raises(ValueError, match=name):
+            Settings.from_environment({name: text})
+
+    def test_variables_that_are_no_settings_are_found(self) -> None:
+        environment = {"FINETUNE_WORKERS": "4", "FINETUNE_WROKERS": "8", "PATH": "/bin"}
+        assert Settings.unknown(environment) == ["FINETUNE_WROKERS"]
+
     @pytest.mark.parametrize("text", ["yes", "x"])
     def test_a_value_that_cannot_be_read_names_its_variable(self, text: str) -> None:
         with pytest.raises(ValueError, match="FINETUNE_ALLOW_FILES"):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from builders import SETTINGS, UID, job_body, report
 
 from finetune_api.names import Stage
-from finetune_operator import progress
+from finetune_operator import handlers, progress
 from finetune_operator.cli import commands
 from finetune_operator.handlers import Operator
-from finetune_operator.kube import ApiError
+from finetune_operator.kube import FINETUNE_JOBS, ApiError
 from finetune_operator.progress import ProgressReader
+from finetune_operator.watches import Watch
 
 
 @contextlib.asynccontextmanager
@@ -132,10 +137,10 @@ class TestFollowing:
 
 async def test_a_namespace_that_is_gone_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     class Namespaces:
-        async def list(self, kind: Any, namespace: str) -> list[dict[str, Any]]:
+        async def versions(self, kind: Any, namespace: str, **_: Any) -> dict[tuple[str, str], str]:
             if namespace == "gone":
                 raise ApiError(403, "forbidden")
-            return [job_body()]
+            return {(namespace, "bot"): "7"} if kind is FINETUNE_JOBS else {}
 
     operator = Operator(type(SETTINGS)(namespaces=("gone", "team"), resync_seconds=0.01))
     operator._resynced = 0.0
@@ -144,3 +149,211 @@ async def test_a_namespace_that_is_gone_does_not_stop_the_others(monkeypatch: py
     task.cancel()
     assert len(operator.queue) == 1
     assert operator._resynced > 0
+
+
+async def test_a_look_that_does_not_end_holds_up_a_stop_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = asyncio.Event()
+
+    class Silent:
+        async def param_serialize(self, *_: Any, **__: Any) -> tuple[()]:
+            return ()
+
+        async def call_api(self, **_: Any) -> None:
+            asked.set()
+            await asyncio.sleep(3600)
+
+        async def close(self) -> None:
+            pass
+
+    async def load_client() -> Silent:
+        return Silent()
+
+    monkeypatch.setattr(handlers, "load_client", load_client)
+    monkeypatch.setattr(handlers, "STOP_SECONDS", 0.01)
+    operator = Operator(type(SETTINGS)(http_host="127.0.0.1", http_port=0))
+    await operator.open()
+    await operator.lead()
+    await operator.start()
+    operator.mark("team", "bot")
+    await asked.wait()
+    async with asyncio.timeout(30):
+        await operator.stop()
+
+
+class TestWatch:
+    def test_what_it_has_shown_is_not_missed(self) -> None:
+        watch = Watch()
+        watch.show(("team", "bot"), "1")
+        for _ in range(3):
+            watch.compare({("team", "bot"): "1"})
+            assert not watch.silent
+
+    def test_news_may_be_on_their_way_for_one_list(self) -> None:
+        watch = Watch()
+        watch.compare({("team", "bot"): "1"})
+        assert not watch.silent
+        watch.show(("team", "bot"), "1")
+        watch.compare({("team", "bot"): "1"})
+        assert not watch.silent
+
+    def test_what_is_missing_twice_never_comes(self) -> None:
+        watch = Watch()
+        watch.show(("team", "bot"), "1")
+        watch.compare({("team", "bot"): "2"})
+        watch.compare({("team", "bot"): "2"})
+        assert watch.silent
+
+    def test_an_object_that_changes_all_the_time_says_nothing(self) -> None:
+        watch = Watch()
+        for version in "12345":
+            watch.compare({("team", "bot"): version})
+            assert not watch.silent
+
+    def test_it_recovers(self) -> None:
+        watch = Watch()
+        for _ in range(2):
+            watch.compare({("team", "bot"): "2"})
+        watch.show(("team", "bot"), "2")
+        watch.compare({("team", "bot"): "2"})
+        assert not watch.silent
+
+    def test_what_is_deleted_is_forgotten(self) -> None:
+        watch = Watch()
+        watch.compare({("team", "bot"): "1"})
+        watch.compare({})
+        watch.compare({("team", "bot"): "1"})
+        assert not watch.silent
+
+
+class Lists:
+    """Of everything in a cluster: one job."""
+
+    failing = False
+
+    async def versions(self, kind: Any, namespace: str | None, **_: Any) -> dict[tuple[str, str], str]:
+        if self.failing:
+            raise ApiError(500, "no")
+        return {("team", "bot"): "7"} if kind is FINETUNE_JOBS else {}
+
+
+class TestProbes:
+    async def resync(self, operator: Operator, times: int, lists: Lists) -> None:
+        """So many resyncs, without their pauses."""
+        pauses = 0
+
+        async def pause(seconds: float) -> None:
+            nonlocal pauses
+            pauses += 1
+            if pauses == times:
+                raise asyncio.CancelledError
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(asyncio.CancelledError):
+            patch.setattr(handlers.asyncio, "sleep", pause)
+            await operator._resync(lists)  # type: ignore[arg-type]
+
+    async def test_a_leader_is_ready_after_its_first_resync(self) -> None:
+        operator = Operator(SETTINGS)
+        assert operator.unready() == "starting\n"
+        await operator.lead()
+        assert operator.unready() == "no resync has succeeded yet\n"
+        failing = Lists()
+        failing.failing = True
+        await self.resync(operator, 3, failing)
+        assert operator.unready() == "no resync has succeeded yet\n"
+        assert operator.unhealthy() == "", "a restart would not mend that, and it has had no time yet"
+        await self.resync(operator, 1, Lists())
+        assert operator.unready() == operator.unhealthy() == ""
+
+    async def test_a_resync_that_is_overdue_is_unhealthy_for_a_leader_only(self) -> None:
+        operator = Operator(SETTINGS)
+        operator._resynced -= 3600
+        assert operator.unhealthy() == ""
+        await operator.lead()
+        assert operator.unhealthy() == "", "its time counts from when it leads"
+        operator._resynced -= 3600
+        assert "last successful resync was 36" in operator.unhealthy()
+        assert operator.unready() == operator.unhealthy()
+
+    async def test_a_task_that_ended_is_unhealthy(self) -> None:
+        operator = Operator(SETTINGS)
+        await operator.lead()
+        task = operator._run("resync", asyncio.sleep(0))
+        await task
+        assert operator.unhealthy() == "resync ended\n"
+
+    async def test_a_silent_watch_is_unhealthy(self) -> None:
+        operator = Operator(SETTINGS)
+        await operator.lead()
+        await self.resync(operator, 2, Lists())
+        assert operator.unhealthy() == "the watch of finetunejobs in all namespaces shows no changes\n"
+        operator.watched("finetunejobs", "team", "bot", "7")
+        await self.resync(operator, 1, Lists())
+        assert operator.unhealthy() == ""
+
+
+class Won:
+    """An election that is won, and notes when it is looked at."""
+
+    looked = 0
+
+    def __init__(self, *_: Any) -> None:
+        Won.looked = 0
+
+    async def win(self) -> None:
+        return
+
+    async def keep(self) -> None:
+        await asyncio.sleep(3600)
+
+    async def release(self) -> None:
+        return
+
+    def check(self) -> None:
+        Won.looked += 1
+
+
+class Answers:
+    """An API server with one new job, which notes how often the lease was looked at before the first write."""
+
+    def __init__(self) -> None:
+        self.before_write = asyncio.Event()
+        self.looked_before_write = 0
+
+    async def param_serialize(self, method: str, path: str, **_: Any) -> tuple[str, str]:
+        return method, path
+
+    async def call_api(self, method: str, path: str, **_: Any) -> Any:
+        if method != "GET":
+            self.looked_before_write = Won.looked
+            self.before_write.set()
+            await asyncio.sleep(3600)
+        body = job_body() if path.endswith("/finetunejobs/bot") else {"items": []}
+        return SimpleNamespace(status=200, headers={}, read=lambda: asyncio.sleep(0, json.dumps(body).encode()))
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_the_lease_is_looked_at_before_each_write_and_after_each_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Answers()
+
+    async def load_client() -> Answers:
+        return api
+
+    monkeypatch.setattr(handlers, "load_client", load_client)
+    monkeypatch.setattr(handlers, "Election", Won)
+    monkeypatch.setattr(handlers, "STOP_SECONDS", 0.01)
+    settings = type(SETTINGS)(http_host="127.0.0.1", http_port=0, lease_name="lease", lease_namespace="team")
+    operator = Operator(settings)
+    await operator.open()
+    await operator.lead()
+    os.kill(os.getpid(), signal.SIGCONT)
+    assert Won.looked == 1
+    await operator.start()
+    operator.mark("team", "bot")
+    async with asyncio.timeout(30):
+        await api.before_write.wait()
+    assert api.looked_before_write == 2
+    await operator.stop()
+    os.kill(os.getpid(), signal.SIGCONT)
+    assert Won.looked == 2, "a lease that was released is nobody's to look at"

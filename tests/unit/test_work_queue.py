@@ -103,3 +103,37 @@ async def test_a_worker_that_raises_is_not_swallowed() -> None:
     queue.add("a")
     with pytest.RaisesGroup(RuntimeError):
         await asyncio.wait_for(queue.run(work, workers=1), 5)
+
+
+async def test_a_closed_queue_finishes_what_is_in_hand_and_starts_nothing() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    begun: list[str] = []
+    done: list[str] = []
+    goes_on = asyncio.Event()
+
+    async def work(key: str) -> None:
+        begun.append(key)
+        await goes_on.wait()
+        done.append(key)
+
+    for key in ("a", "b", "c"):
+        queue.add(key)
+    task = asyncio.create_task(queue.run(work, workers=2))
+    while len(begun) < 2:
+        await asyncio.sleep(0)
+    queue.close()
+    queue.add("d")
+    goes_on.set()
+    async with asyncio.timeout(5):
+        await task
+    assert done == begun == ["a", "b"]
+
+
+async def test_workers_that_wait_end_when_the_queue_is_closed() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add("later", delay=3600)
+    task = asyncio.create_task(queue.run(None, workers=3))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    queue.close()
+    async with asyncio.timeout(5):
+        await task
