@@ -140,6 +140,9 @@ RULED_CLASSES = [
 ]
 """Classes that failurePolicy.rules may name: those that an attempt can end with."""
 
+STOPPED_CODES = (75, 143)
+"""How a pod ends that was told to stop: the agent after it has saved, and a process without an agent's care."""
+
 _BY_EXIT_CODE = {rule.exit_code: name for name, rule in RULES.items() if rule.exit_code is not None}
 
 

@@ -21,6 +21,12 @@ LABEL_ATTEMPT = f"{GROUP}/attempt"
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGER = "finetune-operator"
 
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+LABEL_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+LABEL_QUEUED_JOB_UID = "kueue.x-k8s.io/job-uid"
+"""On a Workload: the Job that it stands for."""
+ANNOTATION_TOPOLOGY = "kueue.x-k8s.io/podset-{mode}-topology"
+
 CONTAINER = "main"
 AGENT_PORT = 9464
 """Port of the agent in each pod: /metrics, /progress, /healthz."""

@@ -202,9 +202,49 @@ class Capacity(StrEnum):
     SPOT = "Spot"
 
 
-class Scheduling(Placement):
-    """Where train pods may run."""
+class TopologyMode(StrEnum):
+    REQUIRED = "Required"
+    PREFERRED = "Preferred"
+    UNCONSTRAINED = "Unconstrained"
 
+
+class Topology(ApiModel):
+    """How close together a queue places the pods of one attempt."""
+
+    model_config = validations(
+        (
+            "has(self.level) == (self.mode != 'Unconstrained')",
+            "topology with mode Required or Preferred needs level, a node label such as cloud.provider.com/rack; "
+            "Unconstrained takes none",
+        ),
+    )
+
+    mode: TopologyMode
+    """Required: all within one domain of the level, or not at all. Preferred: within one if there is room.
+    Unconstrained: anywhere in the topology."""
+    level: Annotated[str, StringConstraints(min_length=1, max_length=317)] | None = None
+    """Node label that names the domain."""
+
+
+class Scheduling(Placement):
+    """Where and when train pods may run."""
+
+    model_config = validations(
+        ("!has(self.topology) || has(self.queueName)", "topology is kept by a queue: set scheduling.queueName too"),
+        (
+            "!has(self.workloadPriorityClassName) || has(self.queueName) || has(self.cpuQueueName)",
+            "workloadPriorityClassName orders jobs in a queue: set scheduling.queueName or cpuQueueName too",
+        ),
+    )
+
+    queue_name: ObjectName | None = None
+    """Kueue LocalQueue that admits the train pods. They are created suspended, and start when the queue lets them."""
+    cpu_queue_name: ObjectName | None = None
+    """Kueue LocalQueue that admits the pods of prepare and export."""
+    workload_priority_class_name: ObjectName | None = None
+    """Kueue WorkloadPriorityClass: who is admitted first, and who has to give way."""
+    topology: Topology | None = None
+    """Kueue topology-aware placement of the train pods."""
     affinity: Affinity | None = None
     """Nodes and neighbours that are required or preferred."""
     gpu_types: (

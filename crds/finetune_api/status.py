@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints
 from finetune_api.base import ApiModel
 from finetune_api.names import Stage
 
-MAX_MESSAGE = 768
+MAX_MESSAGE = 704
 """Characters of a condition's message; `failure.message` may be longer, and the log has it all."""
 
 MAX_HISTORY = 10
@@ -86,6 +86,8 @@ class Reason(StrEnum):
     PODS_REFUSED = "PodsRefused"
     UNSCHEDULABLE = "Unschedulable"
     QUEUED = "Queued"
+    QUEUE_MISSING = "QueueMissing"
+    VOLUME_NOT_READY = "VolumeNotReady"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_CONFIG_ERROR = "ContainerConfigError"
     # Checkpointed
@@ -211,6 +213,19 @@ class Restarts(ApiModel):
     """Restarts after a preemption, drain, eviction or node loss; free."""
     out_of_memory: Annotated[int, Field(ge=0)] = 0
     """Charged restarts after the GPU ran out of memory, each with half the micro-batch."""
+
+
+class QueueStatus(ApiModel):
+    """What Kueue says of the Job of the present attempt."""
+
+    name: _Short
+    """LocalQueue that it is in."""
+    workload: _Short | None = None
+    """Workload that stands for it."""
+    cluster_queue: _Short | None = None
+    """ClusterQueue that admitted it."""
+    position: Annotated[int, Field(ge=1)] | None = None
+    """Place in the LocalQueue while it waits; 1 is next."""
 
 
 class Progress(ApiModel):
@@ -424,6 +439,8 @@ class FineTuneJobStatus(ApiModel):
     """How often the work had to be started again."""
     restart_time: _Time | None = None
     """Not before this time the next attempt starts."""
+    queue: QueueStatus | None = None
+    """What Kueue says of the Job of the present attempt."""
     micro_batch_limit: Annotated[int, Field(ge=1)] | None = None
     """Rows that one GPU may compute at once, after it ran out of memory with more."""
     usage: Usage | None = None

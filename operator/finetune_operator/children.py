@@ -9,12 +9,16 @@ from typing import Any
 
 from finetune_api import API_VERSION, KIND
 from finetune_api.document import JobDocument, JobIdentity, StorageSettings
+from finetune_api.failures import STOPPED_CODES
 from finetune_api.names import (
+    ANNOTATION_TOPOLOGY,
     DOCUMENT_FILE,
     LABEL_ATTEMPT,
     LABEL_JOB_NAME,
     LABEL_JOB_UID,
     LABEL_MANAGED_BY,
+    LABEL_QUEUE,
+    LABEL_QUEUE_PRIORITY,
     LABEL_STAGE,
     MANAGER,
     Stage,
@@ -33,10 +37,11 @@ def build(
     """The ConfigMap and the Job of an attempt, in the order in which they are created."""
     name = child_name(job.name, stage, attempt)
     document = build_document(job, spec, stage, attempt, settings)
-    metadata = {
+    labels = _labels(job, stage, attempt)
+    metadata: dict[str, Any] = {
         "name": name,
         "namespace": job.namespace,
-        "labels": _labels(job, stage, attempt),
+        "labels": labels,
         "ownerReferences": [
             {
                 "apiVersion": API_VERSION,
@@ -59,8 +64,10 @@ def build(
     return config_map, {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata,
+        "metadata": metadata | {"labels": labels | _queue_labels(spec, stage)},
         "spec": {
+            # A queue starts it; nobody but the queue writes this field afterwards.
+            "suspend": queue_of(spec, stage) is not None,
             "completions": 1,
             "parallelism": 1,
             "completionMode": "Indexed",
@@ -68,18 +75,36 @@ def build(
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
             # These rules make the Job controller write the cause into the Job's condition, where it outlives the pod.
-            "podFailurePolicy": {
-                "rules": [
-                    {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                    {"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": [0]}},
-                ]
-            },
+            "podFailurePolicy": {"rules": _failure_rules(spec, stage)},
             "template": {
-                "metadata": _pod_metadata(spec, _labels(job, stage, attempt)),
+                "metadata": _pod_metadata(spec, stage, labels),
                 "spec": pods.build(spec, job.status, stage, name, settings),
             },
         },
     }
+
+
+def queue_of(spec: FineTuneJobSpec, stage: Stage) -> str | None:
+    """The LocalQueue that admits the pods of a stage."""
+    return spec.scheduling.queue_name if stage is Stage.TRAIN else spec.scheduling.cpu_queue_name
+
+
+def _queue_labels(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
+    queue, priority = queue_of(spec, stage), spec.scheduling.workload_priority_class_name
+    if queue is None:
+        return {}
+    return {LABEL_QUEUE: queue} | ({LABEL_QUEUE_PRIORITY: priority} if priority else {})
+
+
+def _failure_rules(spec: FineTuneJobSpec, stage: Stage) -> list[dict[str, Any]]:
+    rules: list[dict[str, Any]] = [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    ]
+    if queue_of(spec, stage) is not None:
+        # A queue takes a pod away by suspending its Job. The pod then ends as any pod that is told to stop, and the
+        # Job must outlive that, to be admitted again.
+        rules.append({"action": "Ignore", "onExitCodes": {"operator": "In", "values": [*STOPPED_CODES]}})
+    return [*rules, {"action": "FailJob", "onExitCodes": {"operator": "NotIn", "values": [0]}}]
 
 
 def build_document(
@@ -142,9 +167,10 @@ def _labels(job: FineTuneJob, stage: Stage, attempt: int) -> dict[str, str]:
     }
 
 
-def _pod_metadata(spec: FineTuneJobSpec, labels: dict[str, str]) -> dict[str, Any]:
-    template = spec.pod_template
+def _pod_metadata(spec: FineTuneJobSpec, stage: Stage, labels: dict[str, str]) -> dict[str, Any]:
+    template, topology = spec.pod_template, spec.scheduling.topology
+    annotations = dict(template.annotations)
+    if topology is not None and stage is Stage.TRAIN:
+        annotations[ANNOTATION_TOPOLOGY.format(mode=topology.mode.lower())] = topology.level or "true"
     metadata: dict[str, Any] = {"labels": template.labels | labels}
-    if template.annotations:
-        metadata["annotations"] = template.annotations
-    return metadata
+    return metadata | ({"annotations": annotations} if annotations else {})

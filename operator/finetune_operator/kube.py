@@ -48,6 +48,9 @@ CONFIG_MAPS = Kind("", "v1", "configmaps")
 EVENTS = Kind("", "v1", "events")
 LEASES = Kind("coordination.k8s.io", "v1", "leases")
 FINETUNE_JOBS = Kind(GROUP, VERSION, PLURAL)
+WORKLOADS = [Kind("kueue.x-k8s.io", version, "workloads") for version in ("v1beta2", "v1beta1")]
+"""Kueue's, in the versions that a cluster may serve, newest first."""
+PENDING = [Kind("visibility.kueue.x-k8s.io", version, "localqueues") for version in ("v1beta2", "v1beta1")]
 BY_NAME = {"ConfigMap": CONFIG_MAPS, "Job": JOBS}
 
 
@@ -113,10 +116,10 @@ class Kube:
         self._limiter = limiter
         self._retries = retries
 
-    async def get(self, kind: Kind, namespace: str, name: str) -> dict[str, Any] | None:
+    async def get(self, kind: Kind, namespace: str, name: str, subresource: str = "") -> dict[str, Any] | None:
         """The object, or None when it does not exist."""
         try:
-            return await self._request("GET", kind, kind.path(namespace, name))
+            return await self._request("GET", kind, kind.path(namespace, name, subresource))
         except ApiError as error:
             if error.status == 404:
                 return None

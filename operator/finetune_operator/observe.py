@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_STAGE, Stage
+from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_STAGE, Stage
 from finetune_api.report import Report, decode
 from finetune_operator.resource import parse_time
 
@@ -36,6 +36,8 @@ class ChildJob:
     """When the outcome was decided."""
     suspended: bool = False
     """Somebody, a queue for example, keeps it from having pods."""
+    queue: str = ""
+    """Kueue's LocalQueue that it was created for."""
     uid: str = ""
     resource_version: str = ""
 
@@ -59,6 +61,7 @@ class ChildPod:
     name: str
     stage: Stage
     attempt: int
+    created: datetime
     node: str
     ip: str
     finished: bool
@@ -78,6 +81,19 @@ class ChildPod:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """What Kueue says of a Job."""
+
+    name: str
+    cluster_queue: str = ""
+    """That has reserved its quota."""
+    active: bool = True
+    message: str = ""
+    """Why it waits."""
+    position: int | None = None
+
+
+@dataclass(frozen=True)
 class Conflict:
     """An object with the name of one of our children that is not ours."""
 
@@ -92,8 +108,13 @@ class Conflict:
 class Observation:
     jobs: tuple[ChildJob, ...] = ()
     pods: tuple[ChildPod, ...] = ()
-    refusals: tuple[str, ...] = ()
-    """Why the Job controller could not make pods: messages of Warning events, newest first."""
+    warnings: tuple[str, ...] = ()
+    """Of the Job that has no pods, or the pod that does not start: messages of Warning events, newest first. Quota, Pod
+    Security and webhooks speak nowhere else, nor do volumes that cannot be mounted."""
+    workload: Workload | None = None
+    """Of the Job that a queue keeps back."""
+    no_kueue: bool = False
+    """The cluster does not know Kueue."""
     conflict: Conflict | None = None
     create_error: str = ""
     """Why the API server refuses to create a child."""
@@ -174,6 +195,7 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
         message=message,
         ended=min((parse_time(time) for time in times if time), default=None),
         suspended=bool((item.get("spec") or {}).get("suspend")),
+        queue=(metadata.get("labels") or {}).get(LABEL_QUEUE) or "",
         uid=metadata.get("uid") or "",
         resource_version=metadata.get("resourceVersion") or "",
     )
@@ -195,6 +217,7 @@ def _read_pod(item: dict[str, Any]) -> ChildPod | None:
         name=metadata["name"],
         stage=position[0],
         attempt=position[1],
+        created=parse_time(metadata["creationTimestamp"]),
         node=(item.get("spec") or {}).get("nodeName") or "",
         ip=status.get("podIP") or "",
         finished=status.get("phase") in ("Succeeded", "Failed"),
@@ -218,8 +241,29 @@ def _waiting(status: dict[str, Any], state: dict[str, Any]) -> Waiting | None:
     return None
 
 
-def read_refusals(events: Iterable[dict[str, Any]]) -> tuple[str, ...]:
-    """Messages of Warning events of a Job, newest first: quota, Pod Security and webhooks speak nowhere else."""
+def read_workload(item: dict[str, Any]) -> Workload:
+    spec, status = item.get("spec") or {}, item.get("status") or {}
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or []}
+    waits = conditions.get("QuotaReserved") or {}
+    return Workload(
+        name=item["metadata"]["name"],
+        cluster_queue=(status.get("admission") or {}).get("clusterQueue") or "",
+        active=spec.get("active") is not False,
+        message=(waits.get("message") or "") if waits.get("status") != "True" else "",
+    )
+
+
+def read_position(pending: dict[str, Any], workload: str) -> int | None:
+    """Place of a Workload in its LocalQueue, from Kueue's list of those that wait; 1 is next."""
+    for item in pending.get("items") or []:
+        if item["metadata"]["name"] == workload:
+            position = item.get("positionInLocalQueue")
+            return position + 1 if isinstance(position, int) else None
+    return None
+
+
+def read_warnings(events: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """Messages of Warning events, newest first."""
     warnings = [event for event in events if event.get("type") == "Warning"]
     newest = sorted(warnings, key=lambda event: str(event.get("lastTimestamp") or ""), reverse=True)
     return tuple(str(event.get("message") or "") for event in newest)

@@ -17,7 +17,7 @@ from finetune_api.failures import FailureClass
 from finetune_api.names import Stage, child_name
 from finetune_api.report import Report
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import AttemptOutcome, ConditionType, Failure, FineTuneJobStatus, Reason
+from finetune_api.status import AttemptOutcome, ConditionType, Failure, FineTuneJobStatus, QueueStatus, Reason
 from finetune_operator import children, pods, waiting
 from finetune_operator.classify import Cause, cause_of
 from finetune_operator.config import Settings
@@ -26,7 +26,8 @@ from finetune_operator.resource import FineTuneJob, format_time, parse_time
 from finetune_operator.status import Draft, Note
 
 NO_PODS_SECONDS = 10.0
-"""A Job without pods for so long has been refused them; its events say why."""
+"""A Job without pods for so long has been refused them, and a pod that is created for so long waits for volumes; their
+events say why."""
 WAITING_LOOK_SECONDS = 10.0
 """How often a pod that does not start is looked at: not all reasons come with an event."""
 
@@ -55,8 +56,11 @@ class Plan:
     """Events, once the status is written."""
     look_again: float | None = None
     """Seconds until time alone may change something; None waits for events."""
-    needs_refusals_of: str = ""
-    """Name of a Job whose events should be read before the next plan: it has no pods."""
+    needs_events_of: tuple[str, str] | None = None
+    """Kind and name of an object whose events should be read before the next plan: a Job without pods, or a pod that
+    does not start."""
+    needs_workload_of: ChildJob | None = None
+    """A Job that a queue keeps back, whose Workload should be read before the next plan."""
 
 
 def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime) -> Plan:
@@ -148,6 +152,7 @@ class _Stage:
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
+        self._note_eviction(child, pod)
         self._note_start(pod)
         self.draft.learn(self._report(attempt, pod))
         if child is not None and child.outcome is Outcome.COMPLETE:
@@ -274,6 +279,9 @@ class _Stage:
             status = self.draft.status
             ended = status.attempt.end_time if status.attempt else None
             since = max([since, *(parse_time(text) for text in (ended, status.restart_time) if text)])
+        elif child.queue and self.draft.status.history:
+            # It may have run before, and have been put back into the queue.
+            since = max(since, parse_time(self.draft.status.history[-1].end_time))
         suspended = self.draft.condition(ConditionType.SUSPENDED)
         if suspended is not None and suspended.status == "False":
             since = max(since, parse_time(suspended.last_transition_time))
@@ -289,6 +297,16 @@ class _Stage:
         return max(0.1, min(left))
 
     # Running
+
+    def _note_eviction(self, child: ChildJob | None, pod: ChildPod | None) -> None:
+        """A queue that needs the room suspends the Job, and may start it again before anybody has looked."""
+        attempt = self.draft.status.attempt
+        if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
+            return
+        taken = child.suspended and not any(not pod.finished for pod in self.seen.pods_of(self.stage, child.attempt))
+        replaced = pod is not None and pod.started is not None and format_time(pod.started) != attempt.start_time
+        if taken or replaced:
+            self.draft.requeue(pod.ended if pod is not None and taken else None)
 
     def _note_start(self, pod: ChildPod | None) -> None:
         attempt = self.draft.status.attempt
@@ -344,23 +362,49 @@ class _Stage:
     def _wait_for_pod(self, child: ChildJob, pod: ChildPod | None) -> Plan:
         status = "False" if self.stage is Stage.TRAIN else "Unknown"
         reason, message = waiting.for_pod(self.stage)
-        needs = ""
+        events: tuple[str, str] | None = None
         if child.suspended:
-            reason, message = waiting.for_queue(child.name)
+            reason, message = waiting.for_queue(child, self.seen.workload, self.seen.no_kueue)
         elif pod is None:
             if (self.now - child.created).total_seconds() >= NO_PODS_SECONDS:
-                needs = child.name
-                if self.seen.refusals:
-                    reason, message = waiting.for_admission(child.name, self.seen.refusals[0])
+                events = ("Job", child.name)
+                if self.seen.warnings:
+                    reason, message = waiting.for_admission(child.name, self.seen.warnings[0])
         elif pod.waiting is not None:
             reason, message = waiting.for_start(pod, self.stage)
+            if pod.waiting.reason == "ContainerCreating" and (
+                (self.now - pod.created).total_seconds() >= NO_PODS_SECONDS
+            ):
+                events = ("Pod", pod.name)
+                if self.seen.warnings:
+                    reason, message = waiting.for_volumes(pod, self.seen.warnings[0])
+        self._queue(child)
         self._say(status, reason, message)
         return self._plan(
             running=False,
             queued=child.suspended,
             look_again=self._look_by(child, pod, WAITING_LOOK_SECONDS),
-            needs_refusals_of=needs,
+            needs_events_of=events,
+            needs_workload_of=child if child.suspended and child.queue else None,
         )
+
+    def _queue(self, child: ChildJob) -> None:
+        """Mirror what Kueue says; what it has said stays while the pod runs."""
+        workload = self.seen.workload
+        if not child.queue:
+            self.draft.set(queue=None)
+        elif child.suspended and workload is not None:
+            cluster_queue = workload.cluster_queue or None
+            self.draft.set(
+                queue=QueueStatus(
+                    name=child.queue,
+                    workload=workload.name,
+                    cluster_queue=cluster_queue,
+                    position=workload.position if cluster_queue is None else None,
+                )
+            )
+        elif not child.suspended and self.draft.status.queue is not None:
+            self.draft.set(queue=self.draft.status.queue.model_copy(update={"position": None}))
 
     def _lost(self, pod: ChildPod) -> bool:
         """Its node does not say that it has ended, long after it must have."""
@@ -456,7 +500,8 @@ class _Stage:
         create: Iterable[dict[str, Any]] = (),
         delete: tuple[ChildJob, ...] = (),
         look_again: float | None = None,
-        needs_refusals_of: str = "",
+        needs_events_of: tuple[str, str] | None = None,
+        needs_workload_of: ChildJob | None = None,
     ) -> Plan:
         self.draft.derive_phase(running, queued)
         if self.draft.terminal:
@@ -467,5 +512,6 @@ class _Stage:
             delete=delete,
             notes=tuple(self.draft.notes),
             look_again=look_again,
-            needs_refusals_of=needs_refusals_of,
+            needs_events_of=needs_events_of,
+            needs_workload_of=needs_workload_of,
         )

@@ -18,13 +18,33 @@ from typing import Any
 import aiohttp
 
 from finetune_api import API_VERSION, KIND
-from finetune_api.names import LABEL_JOB_UID, MANAGER
+from finetune_api.names import LABEL_JOB_UID, LABEL_QUEUED_JOB_UID, MANAGER
 from finetune_api.report import Report
 from finetune_operator import logs
 from finetune_operator.config import Settings
-from finetune_operator.kube import BY_NAME, EVENTS, FINETUNE_JOBS, JOBS, PODS, ApiError, Kube, merge_patch
+from finetune_operator.kube import (
+    BY_NAME,
+    EVENTS,
+    FINETUNE_JOBS,
+    JOBS,
+    PENDING,
+    PODS,
+    WORKLOADS,
+    ApiError,
+    Kube,
+    merge_patch,
+)
 from finetune_operator.metrics import Metrics
-from finetune_operator.observe import Conflict, Observation, read_jobs, read_pods, read_refusals
+from finetune_operator.observe import (
+    ChildJob,
+    Conflict,
+    Observation,
+    read_jobs,
+    read_pods,
+    read_position,
+    read_warnings,
+    read_workload,
+)
 from finetune_operator.plan import Plan, plan
 from finetune_operator.progress import ProgressReader
 from finetune_operator.resource import FineTuneJob, format_time
@@ -102,13 +122,14 @@ class Reconciler:
         planned = plan(job, seen, self._settings, self._clock())
         if planned.status.attempt is not None:
             logs.add(stage=planned.status.attempt.stage, attempt=planned.status.attempt.number)
-        if planned.needs_refusals_of and not seen.refusals:
-            events = await self._kube.list(
-                EVENTS,
-                job.namespace,
-                fieldSelector=f"involvedObject.kind=Job,involvedObject.name={planned.needs_refusals_of}",
-            )
-            seen = replace(seen, refusals=read_refusals(events))
+        if planned.needs_events_of is not None:
+            kind, name = planned.needs_events_of
+            selector = f"involvedObject.kind={kind},involvedObject.name={name}"
+            events = await self._kube.list(EVENTS, job.namespace, fieldSelector=selector)
+            seen = replace(seen, warnings=read_warnings(events))
+            planned = plan(job, seen, self._settings, self._clock())
+        if planned.needs_workload_of is not None:
+            seen = replace(seen, **await self._ask_kueue(job, planned.needs_workload_of))
             planned = plan(job, seen, self._settings, self._clock())
         obstacle = await self._create(job, planned)
         if obstacle is not None:
@@ -139,6 +160,28 @@ class Reconciler:
         if running is not None:
             live, unreachable = await self._reader.read(running.ip)
         return Observation(jobs, pods, live=live, unreachable=unreachable)
+
+    async def _ask_kueue(self, job: FineTuneJob, child: ChildJob) -> dict[str, Any]:
+        """What Kueue says of a Job, as fields of the observation."""
+        for workloads, pending in zip(WORKLOADS, PENDING, strict=True):
+            try:
+                selector = f"{LABEL_QUEUED_JOB_UID}={child.uid}"
+                found = await self._kube.list(workloads, job.namespace, labelSelector=selector)
+            except ApiError as error:
+                if error.status == 404:
+                    continue
+                if error.status == 403:
+                    return {}  # an operator that may not look; the job waits all the same
+                raise
+            if not found:
+                return {"workload": None}
+            workload = read_workload(found[0])
+            try:
+                waiting = await self._kube.get(pending, job.namespace, child.queue, "pendingworkloads")
+            except ApiError:
+                waiting = None  # the place in the queue is a courtesy of an optional server
+            return {"workload": replace(workload, position=read_position(waiting or {}, workload.name))}
+        return {"no_kueue": True}
 
     # Writing
 

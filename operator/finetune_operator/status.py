@@ -120,14 +120,36 @@ class Draft:
         gpus = self.job.spec.resources.gpus_per_node if stage is Stage.TRAIN else 0
         self.set(
             attempt=Attempt.model_validate({"stage": stage.value, "number": attempt, "jobName": name, "gpus": gpus}),
+            queue=None,
             restart_time=None,
             restarts=self.status.restarts or Restarts(),
         )
         self.note(Reason.STAGE_STARTED, f"Started {stage} attempt {attempt} as Job {name}")
 
     def end_attempt(self, outcome: AttemptOutcome, at: datetime | None, failure: Failure | None = None) -> None:
-        """The present attempt has ended; takes its time into account and puts it into the history. Without a time of
-        its end it ended when it was last heard of; one whose pod nobody saw run counts nothing."""
+        """The present attempt has ended."""
+        ended = self._account(outcome, at, failure)
+        assert self.status.attempt is not None
+        self.set(attempt=self.status.attempt.model_copy(update={"end_time": ended, "outcome": outcome}))
+        self._no_time_left()
+
+    def requeue(self, at: datetime | None) -> None:
+        """A queue has taken the pod of the present attempt away. The attempt goes on with another pod when it is
+        admitted again."""
+        self._account(AttemptOutcome.PREEMPTED, at, None)
+        attempt, restarts = self.status.attempt, self.status.restarts or Restarts()
+        assert attempt is not None
+        self.set(
+            attempt=attempt.model_copy(update={"start_time": None, "resumed_from_step": None}),
+            restarts=restarts.model_copy(update={"preemptions": restarts.preemptions + 1}),
+        )
+        self._no_time_left()
+        text = f"The queue took the pod of {attempt.stage} attempt {attempt.number} away."
+        self.note(FailureClass.PREEMPTED, f"{text} It goes on when it is admitted again.", warning=True)
+
+    def _account(self, outcome: AttemptOutcome, at: datetime | None, failure: Failure | None) -> str:
+        """Take the time of the present attempt's pod into account and put it into the history; returns when it ended.
+        Without a time of its end it ended when it was last heard of; a pod that nobody saw run counts nothing."""
         attempt, progress = self.status.attempt, self.status.progress
         assert attempt is not None
         train = attempt.stage is Stage.TRAIN
@@ -145,12 +167,13 @@ class Draft:
                 gpu_seconds=usage.gpu_seconds + seconds * attempt.gpus,
                 wasted_gpu_seconds=usage.wasted_gpu_seconds + (seconds - useful) * attempt.gpus,
             )
+        preempted = FailureClass.PREEMPTED if outcome is AttemptOutcome.PREEMPTED else None
         past = PastAttempt.model_validate(
             {
                 "stage": attempt.stage.value,
                 "number": attempt.number,
                 "outcome": outcome.value,
-                "class": failure.failure_class if failure else None,
+                "class": failure.failure_class if failure else preempted,
                 "message": _cut(failure.message, MAX_PAST_MESSAGE) if failure else None,
                 "startTime": attempt.start_time,
                 "endTime": ended,
@@ -162,12 +185,8 @@ class Draft:
                 "node": _cut(failure.node, 63) if failure and failure.node else None,
             }
         )
-        self.set(
-            attempt=attempt.model_copy(update={"end_time": ended, "outcome": outcome}),
-            usage=usage,
-            history=[*self.status.history, past][-MAX_HISTORY:],
-        )
-        self._no_time_left()
+        self.set(usage=usage, history=[*self.status.history, past][-MAX_HISTORY:])
+        return ended
 
     def _useful_seconds(self, outcome: AttemptOutcome) -> int:
         """Time of the present attempt that went into steps that the result has."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from finetune_api.names import Stage
 from finetune_api.status import Reason
-from finetune_operator.observe import ChildPod, Conflict
+from finetune_operator.observe import ChildJob, ChildPod, Conflict, Workload
 
 NEEDS_SOMEBODY = {
     Reason.NAME_CONFLICT,
     Reason.PODS_REFUSED,
     Reason.UNSCHEDULABLE,
+    Reason.QUEUE_MISSING,
+    Reason.VOLUME_NOT_READY,
     Reason.IMAGE_PULL_FAILED,
     Reason.CONTAINER_CONFIG_ERROR,
 }
@@ -22,10 +24,32 @@ def for_pod(stage: Stage) -> tuple[Reason, str]:
     return Reason.WAITING_FOR_POD, f"Waiting for the {stage} pod to start."
 
 
-def for_queue(job_name: str) -> tuple[Reason, str]:
-    return Reason.QUEUED, (
-        f"Job {job_name} is kept suspended by its queue, or by whoever set its spec.suspend; it goes on when that is "
-        "taken back."
+def for_queue(child: ChildJob, workload: Workload | None, no_kueue: bool) -> tuple[Reason, str]:
+    """The Job is suspended, and not by us."""
+    if not child.queue:
+        return Reason.QUEUED, (
+            f"Somebody has suspended Job {child.name}; it goes on when its spec.suspend is set back to false."
+        )
+    if no_kueue:
+        return Reason.QUEUE_MISSING, (
+            f"Job {child.name} waits for queue {child.queue}, and the cluster does not know Kueue. Install Kueue, or "
+            "suspend the job and remove scheduling.queueName and cpuQueueName."
+        )
+    if workload is None:
+        return Reason.QUEUED, f"Waiting for Kueue to see Job {child.name} in queue {child.queue}."
+    if not workload.active:
+        return Reason.QUEUED, (
+            f"Workload {workload.name} was taken out of queue {child.queue}. Set its spec.active to true to put it "
+            "back."
+        )
+    place = f", position {workload.position}," if workload.position else ""
+    why = f": {workload.message}" if workload.message else "."
+    return Reason.QUEUED, f"Workload {workload.name}{place} waits in queue {child.queue}{why}"
+
+
+def for_volumes(pod: ChildPod, why: str) -> tuple[Reason, str]:
+    return Reason.VOLUME_NOT_READY, (
+        f"Pod {pod.name} waits for its volumes: {why} Create what is missing; it is tried again by itself."
     )
 
 

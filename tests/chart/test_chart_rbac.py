@@ -21,7 +21,7 @@ from builders import UID, child_job, job_body
 from helm_chart import NAMESPACE, Object, of_kind, operator_environment, rendered_example, the
 
 from finetune_api import GROUP, VERSION
-from finetune_api.names import LABEL_ATTEMPT, LABEL_JOB_UID, LABEL_STAGE, Stage
+from finetune_api.names import LABEL_ATTEMPT, LABEL_JOB_UID, LABEL_QUEUED_JOB_UID, LABEL_STAGE, Stage
 from finetune_operator import handlers, kube
 from finetune_operator.config import Settings
 from finetune_operator.handlers import Operator, build_registry
@@ -33,7 +33,8 @@ CODE = Path(handlers.__file__).parent
 VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
 LEASE = "tuner-finetune-operator"
 LONG_AGO = "2026-01-01T00:00:00Z"
-NAMES = ("free", "blocked", "halted", "over")
+NAMES = ("free", "blocked", "halted", "queued", "over")
+KUEUE = "/apis/{}kueue.x-k8s.io/v1beta2/namespaces/team"
 POSITION = {LABEL_STAGE: "prepare", LABEL_ATTEMPT: "1"}
 OVER = {
     "completionTime": LONG_AGO,
@@ -131,17 +132,21 @@ def calls() -> list[tuple[str, range]]:
 
 
 def jobs_in_all_situations() -> dict[str, Object]:
-    """Objects by path: one job whose way is free, two whose children's names are somebody else's, and one that is over
-    and has left a child."""
+    """Objects by path: one job whose way is free, two whose children's names are somebody else's, one that waits in a
+    queue, and one that is over and has left a child."""
     objects: dict[str, Object] = {
         "/api/v1/namespaces/team/configmaps/blocked-prepare-1": {"metadata": {"name": "blocked-prepare-1"}},
         "/apis/batch/v1/namespaces/team/jobs/halted-prepare-1": {"metadata": {"name": "halted-prepare-1"}},
     }
+    # Of a Job that this server gave no uid.
+    objects[KUEUE.format("") + "/workloads/w"] = {"metadata": {"name": "w", "labels": {LABEL_QUEUED_JOB_UID: ""}}}
+    objects[KUEUE.format("visibility.") + "/localqueues/team-a/pendingworkloads"] = {"metadata": {}, "items": []}
     child = child_job(Stage.PREPARE)
     child["metadata"] |= {"name": "over-prepare-1", "labels": {LABEL_JOB_UID: f"{UID}-over", **POSITION}}
     objects["/apis/batch/v1/namespaces/team/jobs/over-prepare-1"] = child
     for name in NAMES:
-        job = job_body(OVER if name == "over" else None, ttlSecondsAfterFinished=0)
+        scheduling = {"cpuQueueName": "team-a"} if name == "queued" else {}
+        job = job_body(OVER if name == "over" else None, ttlSecondsAfterFinished=0, scheduling=scheduling)
         job["metadata"] |= {"name": name, "uid": f"{UID}-{name}"}
         objects[f"/apis/{GROUP}/{VERSION}/namespaces/team/finetunejobs/{name}"] = job
     return objects

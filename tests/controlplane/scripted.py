@@ -82,6 +82,15 @@ class ScriptedKubelet:
         """The pod's object goes, as it does within a second of most ends."""
         self._client.delete(f"{self._pods}/{pod['metadata']['name']}", {"gracePeriodSeconds": 0})
 
+    def end_stopped(self, pod: dict[str, Any]) -> None:
+        """A pod that was told to stop saves, ends, and goes. One that no node had taken is gone already."""
+        path = f"{self._pods}/{pod['metadata']['name']}"
+        eventually(lambda: not self.exists(pod) or "deletionTimestamp" in self._client.get(path).body["metadata"])
+        if self.exists(pod):
+            self.fail(pod, 75)
+            self.remove(pod)
+        eventually(lambda: not self.exists(pod))
+
     def exists(self, pod: dict[str, Any]) -> bool:
         return bool(self._client.get(f"{self._pods}/{pod['metadata']['name']}").code == 200)
 

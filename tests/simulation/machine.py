@@ -44,6 +44,7 @@ class Life(RuleBasedStateMachine):
         deadline=st.sampled_from([None, 600]),
         waiting=st.sampled_from([None, 900]),
         ttl=st.sampled_from([None, 100]),
+        queued=st.booleans(),
         begun=st.sampled_from([0, 0, 1, 2, 3, 3, 3, 5, 6]),
         rules=st.lists(
             st.fixed_dictionaries(
@@ -62,6 +63,7 @@ class Life(RuleBasedStateMachine):
         deadline: int | None,
         waiting: int | None,
         ttl: int | None,
+        queued: bool,
         begun: int,
         rules: Any,
     ) -> None:
@@ -72,6 +74,7 @@ class Life(RuleBasedStateMachine):
         }
         self.spec: Object = {
             "resources": {"gpusPerNode": gpus},
+            "scheduling": {"queueName": "q", "cpuQueueName": "q"} if queued else {},
             "failurePolicy": {"maxRestarts": MAX_RESTARTS, "backoffSeconds": backoff, "rules": rules},
             **{key: value for key, value in limits.items() if value is not None},
         }
@@ -97,6 +100,7 @@ class Life(RuleBasedStateMachine):
     def everybody_works(self, succeed: bool) -> None:
         """What usually happens between two faults."""
         self.world.operate()
+        self.world.admit()
         self.world.control()
         self.world.collect()
         self.world.kubelet()
@@ -331,8 +335,7 @@ class Life(RuleBasedStateMachine):
         return any(c["status"] == "True" and c["type"] in ("Complete", "Failed") for c in conditions)
 
     def _settle(self, *, succeed: bool = True) -> None:
-        for child in self.world.children():
-            child["spec"]["suspend"] = False
+        self.world.admit()
         self.world.operate()
         self.world.control()
         self.world.collect()

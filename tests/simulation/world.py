@@ -276,6 +276,15 @@ class World:
     def delete_job(self) -> None:
         self.objects.pop(("finetunejobs", NAME), None)
 
+    # Kueue
+
+    def admit(self) -> None:
+        """The queue lets everybody in."""
+        for job in self.children():
+            if job["spec"].get("suspend"):
+                job["spec"]["suspend"] = False
+                self.touch(job)
+
     # The Job controller
 
     def control(self) -> None:
@@ -324,6 +333,9 @@ class World:
         if disrupted:
             text = f"Pod {name} has condition DisruptionTarget matching FailJob rule at index 0"
             self._decide(job, "FailureTarget", "PodFailurePolicy", text)
+        elif ended is not None and self._ignores(job, ended["exitCode"]):
+            # The pod goes and does not count; unless the Job is suspended, there will be another one.
+            self.objects.pop(("pods", pod["metadata"]["name"]), None)
         elif ended is not None:
             text = (
                 f"Container {CONTAINER} for pod {name} failed with exit code {ended['exitCode']} matching FailJob "
@@ -332,6 +344,10 @@ class World:
             self._decide(job, "FailureTarget", "PodFailurePolicy", text)
         else:
             self._decide(job, "FailureTarget", "BackoffLimitExceeded", "Job has reached the specified backoff limit")
+
+    def _ignores(self, job: Object, code: int) -> bool:
+        rules = job["spec"]["podFailurePolicy"]["rules"]
+        return any(rule["action"] == "Ignore" and code in rule["onExitCodes"]["values"] for rule in rules)
 
     def _decide(self, job: Object, kind: str, reason: str, message: str) -> None:
         when = format_time(self.now)
@@ -385,7 +401,9 @@ class World:
         trainer = pod["trainer"]
         if trainer["document"].stage is Stage.TRAIN:
             storage = self.storage[trainer["uid"]]
-            stored = [storage.checkpoints.get(number, 0) for number in trainer["document"].earlier_attempts]
+            document = trainer["document"]
+            numbers = [document.attempt, *document.earlier_attempts]
+            stored = [storage.checkpoints.get(number, 0) for number in numbers]
             trainer["report"] = trainer["report"].model_copy(update={"resumed_from_step": max(stored, default=0)})
             self._progress(trainer, max(stored, default=0))
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from finetune_api import API_VERSION, KIND
 from finetune_api.failures import FailureClass, exit_code_of
-from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID, LABEL_STAGE, Stage, child_name
+from finetune_api.names import (
+    CONTAINER,
+    LABEL_ATTEMPT,
+    LABEL_JOB_NAME,
+    LABEL_JOB_UID,
+    LABEL_QUEUE,
+    LABEL_STAGE,
+    Stage,
+    child_name,
+)
 from finetune_api.report import Outcome, Report, ReportedFailure
 from finetune_operator.config import Settings
 from finetune_operator.observe import Observation, read_jobs, read_pods
@@ -61,6 +70,7 @@ def child_job(
     age: float = 60,
     deleting: bool = False,
     suspended: bool = False,
+    queue: str = "",
     ended: datetime = NOW,
 ) -> dict[str, Any]:
     """Conditions are (type, reason, message), all True."""
@@ -69,7 +79,7 @@ def child_job(
         "namespace": "team",
         "uid": f"{stage}-{attempt}",
         "resourceVersion": "1",
-        "labels": labels(stage, attempt),
+        "labels": labels(stage, attempt) | ({LABEL_QUEUE: queue} if queue else {}),
         "creationTimestamp": format_time(NOW - timedelta(seconds=age)),
     }
     if deleting:
@@ -141,8 +151,10 @@ def child_pod(
     return {"metadata": metadata, "spec": {"nodeName": "node1"}, "status": status}
 
 
-def running_pod(stage: Stage, attempt: int = 1, delete_by: datetime | None = None) -> dict[str, Any]:
-    started = format_time(NOW - timedelta(seconds=20))
+def running_pod(
+    stage: Stage, attempt: int = 1, delete_by: datetime | None = None, since: datetime | None = None
+) -> dict[str, Any]:
+    started = format_time(since or NOW - timedelta(seconds=20))
     return child_pod(stage, attempt, phase="Running", state={"running": {"startedAt": started}}, delete_by=delete_by)
 
 

@@ -494,11 +494,24 @@ class TestWaiting:
     def test_a_job_that_gets_no_pods_is_asked_why(self) -> None:
         story = Story()
         story.prepared()
-        assert story.look([child_job(TRAIN, age=3)]).needs_refusals_of == ""
-        assert story.look([child_job(TRAIN, age=11)]).needs_refusals_of == "bot-train-1"
-        planned = story.look([child_job(TRAIN, age=11)], refusals=("exceeded quota: gpus",))
+        assert story.look([child_job(TRAIN, age=3)]).needs_events_of is None
+        assert story.look([child_job(TRAIN, age=11)]).needs_events_of == ("Job", "bot-train-1")
+        planned = story.look([child_job(TRAIN, age=11)], warnings=("exceeded quota: gpus",))
         assert story.condition("Running") == ("False", "PodsRefused")
         assert "exceeded quota: gpus" in planned.status.conditions[1].message
+
+    def test_a_pod_that_waits_for_its_volumes_is_asked_why(self) -> None:
+        story = Story()
+        story.prepared()
+        pods = [child_pod(TRAIN, state={"waiting": {"reason": "ContainerCreating"}})]
+        planned = story.look([child_job(TRAIN)], pods)
+        assert planned.needs_events_of == ("Pod", pods[0]["metadata"]["name"])
+        assert story.condition("Running") == ("False", "WaitingForPod")
+        said = 'MountVolume.SetUp failed for volume "rules" : configmap "rules" not found'
+        planned = story.look([child_job(TRAIN)], pods, warnings=(said,))
+        assert story.condition("Running") == ("False", "VolumeNotReady")
+        (running,) = [c for c in planned.status.conditions if c.type == "Running"]
+        assert said in running.message
 
     def test_children_of_an_earlier_job_of_the_name_are_waited_for(self) -> None:
         story = Story()
@@ -596,7 +609,7 @@ class TestOtherVersions:
     def test_a_status_field_of_a_newer_api_changes_nothing(self) -> None:
         story = Story()
         story.prepared()
-        story.body["status"]["queue"] = {"position": 3}
+        story.body["status"]["budget"] = {"position": 3}
         planned = story.look([complete(PREPARE), complete(TRAIN)])
         assert created(planned) == ["ConfigMap/bot-export-1", "Job/bot-export-1"]
 

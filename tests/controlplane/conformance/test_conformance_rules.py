@@ -296,6 +296,13 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ),
     ("spec.resources.resourceClaims[0]", {"resources": {"resourceClaims": [{"name": "gpus"}]}}),
     ("spec", {"resources": {"gpusPerNode": 0}, "scheduling": {"gpuTypes": ["NVIDIA-H200"]}}),
+    ("spec.scheduling", {"scheduling": {"topology": {"mode": "Unconstrained"}}}),
+    ("spec.scheduling", {"scheduling": {"workloadPriorityClassName": "urgent"}}),
+    ("spec.scheduling.topology", {"scheduling": {"queueName": "q", "topology": {"mode": "Required"}}}),
+    (
+        "spec.scheduling.topology",
+        {"scheduling": {"queueName": "q", "topology": {"mode": "Unconstrained", "level": "x"}}},
+    ),
     *((f"spec.podTemplate.{kind}", {"podTemplate": {kind: {"a b": "c"}}}) for kind in ("labels", "annotations")),
     ("spec.podTemplate.labels", {"podTemplate": {"labels": {"finetune.dev/stage": "x"}}}),
     ("spec.podTemplate.labels", {"podTemplate": {"labels": {"job-name": "x"}}}),
