@@ -351,6 +351,7 @@ OWN_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     # With these a pod would see GPUs that it did not ask for, or none.
     *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"),
+    *("AMD_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
 )
 """Variables that operator, trainer and device plugins set. Those that begin with FINETUNE_ are theirs, too."""
 

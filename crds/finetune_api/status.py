@@ -14,8 +14,9 @@ from pydantic import Field, StringConstraints
 from finetune_api.base import ApiModel
 from finetune_api.names import Stage
 
-MAX_MESSAGE = 704
-"""Characters of a condition's message; `failure.message` may be longer, and the log has it all."""
+MAX_MESSAGE = 1024
+"""Characters of a condition's message; `failure.message` may be longer, and the log has it all. Such a bound never
+shrinks: a stored status that breaks it could not be read any more."""
 
 MAX_HISTORY = 10
 """Attempts that status.history keeps."""
@@ -155,7 +156,11 @@ class Attempt(ApiModel):
     """When it ended."""
     outcome: AttemptOutcome | None = None
     """How it ended; absent while it goes on."""
-    gpus: Annotated[int, Field(ge=0)] = 0
+    seen_time: _Time | None = None
+    """When its pod was last seen to run, kept to the minute."""
+    overdue_time: _Time | None = None
+    """Since when its pod has not ended though it should have."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs that it holds while it runs."""
     resumed_from_step: Annotated[int, Field(ge=0)] | None = None
     """Step of the checkpoint it started from; 0 is a start from the base model."""
@@ -421,7 +426,7 @@ class FineTuneJobStatus(ApiModel):
     conditions: Annotated[
         list[Condition],
         Field(
-            max_length=16,
+            max_length=12,
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = []

@@ -5,6 +5,7 @@ An existing child is never compared with what is built here: an upgraded operato
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from finetune_api import API_VERSION, KIND
@@ -54,12 +55,15 @@ def build(
             }
         ],
     }
+    text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    # With its content in the name: one that is left from a creation that did not come to an end is not taken for it.
+    document_name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": metadata,
+        "metadata": metadata | {"name": document_name},
         "immutable": True,
-        "data": {DOCUMENT_FILE: document.model_dump_json(by_alias=True, exclude_none=True, indent=1)},
+        "data": {DOCUMENT_FILE: text},
     }
     return config_map, {
         "apiVersion": "batch/v1",
@@ -78,7 +82,7 @@ def build(
             "podFailurePolicy": {"rules": _failure_rules(spec, stage)},
             "template": {
                 "metadata": _pod_metadata(spec, stage, labels),
-                "spec": pods.build(spec, job.status, stage, name, settings),
+                "spec": pods.build(spec, job.status, stage, document_name, settings),
             },
         },
     }

@@ -173,4 +173,4 @@ def _gpu_seconds(status: FineTuneJobStatus) -> float:
     if attempt is None or attempt.start_time is None or attempt.end_time is not None or progress is None:
         return seconds
     ran = (parse_time(progress.last_updated_time) - parse_time(attempt.start_time)).total_seconds()
-    return seconds + attempt.gpus * max(0.0, ran)
+    return seconds + (attempt.gpus or 0) * max(0.0, ran)

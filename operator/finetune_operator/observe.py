@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_STAGE, Stage
+from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_STAGE, Stage, child_name
 from finetune_api.report import Report, decode
 from finetune_operator.resource import parse_time
 
@@ -138,6 +138,33 @@ class Observation:
 
     def newest_attempt(self, stage: Stage) -> int:
         return max((job.attempt for job in self.jobs if job.stage is stage), default=0)
+
+
+def own_jobs(objects: Iterable[dict[str, Any]], name: str, uid: str) -> list[dict[str, Any]]:
+    """Those that belong to a FineTuneJob. Labels alone prove nothing: a copy of a child has them too."""
+    return [
+        item
+        for item in objects
+        if any(owner.get("uid") == uid for owner in item["metadata"].get("ownerReferences") or [])
+        and item["metadata"]["name"] == _child_name(item, name)
+    ]
+
+
+def own_pods(objects: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Those that belong to a Job with the name of a child, be it there or gone."""
+    return [
+        item
+        for item in objects
+        if any(
+            owner.get("kind") == "Job" and owner.get("name") == _child_name(item, name)
+            for owner in item["metadata"].get("ownerReferences") or []
+        )
+    ]
+
+
+def _child_name(item: dict[str, Any], job_name: str) -> str | None:
+    position = _position(item["metadata"])
+    return child_name(job_name, *position) if position else None
 
 
 def read_jobs(objects: Iterable[dict[str, Any]]) -> tuple[ChildJob, ...]:

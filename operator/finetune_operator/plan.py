@@ -23,13 +23,17 @@ from finetune_operator.classify import Cause, cause_of
 from finetune_operator.config import Settings
 from finetune_operator.observe import ChildJob, ChildPod, Observation, Outcome
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
-from finetune_operator.status import Draft, Note
+from finetune_operator.status import MAX_FAILURE_MESSAGE, Draft, Note, cut
 
 NO_PODS_SECONDS = 10.0
 """A Job without pods for so long has been refused them, and a pod that is created for so long waits for volumes; their
 events say why."""
 WAITING_LOOK_SECONDS = 10.0
 """How often a pod that does not start is looked at: not all reasons come with an event."""
+
+SEEN_SECONDS = 60.0
+STOPPING_SEEN_SECONDS = 10.0
+"""How often it is written that a pod runs; what nobody saw is not counted."""
 
 NODE_LOST_SECONDS = 60.0
 """A pod that is there so long after the end of its grace period is on a node that does not answer."""
@@ -119,7 +123,7 @@ def _final(failure_class: FailureClass, message: str, now: datetime, stage: Stag
     return Failure.model_validate(
         {
             "class": failure_class.value,
-            "message": message,
+            "message": cut(message, MAX_FAILURE_MESSAGE),
             "disposition": "Terminal",
             "stage": stage.value,
             "attempt": attempt,
@@ -148,17 +152,25 @@ class _Stage:
         if self.draft.attempt_number(self.stage) != attempt:
             # The Job was created, and the operator died before it could say so.
             self.draft.start(self.stage, attempt)
+            self.draft.set(resolved=pods.resolved(self.spec, self.draft.status, self.stage))
+            if self._stopping:
+                self._resumed()  # that was said of another one
         if not self.spec.suspend and self.draft.is_true(ConditionType.SUSPENDED):
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
         self._note_eviction(child, pod)
         self._note_start(pod)
+        self._note_overdue()
+        if pod is not None and pod.ended is not None:
+            self.draft.note_seen(pod.ended)
         self.draft.learn(self._report(attempt, pod))
         if child is not None and child.outcome is Outcome.COMPLETE:
             return self._finish(child, pod)
         if child is None or child.deleting:
             # Deleted, by this operator to suspend the job, or by somebody.
+            if pod is not None and not pod.finished and not self._lost(pod):
+                return self._wait_for_end(attempt, pod)
             return self._failed(attempt, Cause(FailureClass.TERMINATED), pod.ended if pod else None, pod)
         if child.outcome is not Outcome.RUNNING:
             return self._failed(attempt, cause_of(child), (pod.ended if pod else None) or child.ended, pod)
@@ -303,10 +315,10 @@ class _Stage:
         attempt = self.draft.status.attempt
         if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
             return
-        taken = child.suspended and not any(not pod.finished for pod in self.seen.pods_of(self.stage, child.attempt))
+        taken = child.suspended and pod is None
         replaced = pod is not None and pod.started is not None and format_time(pod.started) != attempt.start_time
         if taken or replaced:
-            self.draft.requeue(pod.ended if pod is not None and taken else None)
+            self.draft.requeue()
 
     def _note_start(self, pod: ChildPod | None) -> None:
         attempt = self.draft.status.attempt
@@ -332,6 +344,7 @@ class _Stage:
             # The pod has ended, and the Job controller is about to say how.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
         report = self._report(child.attempt, pod)
+        self.draft.note_running(SEEN_SECONDS)
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"
             self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in pod {pod.name} ({doing}).")
@@ -406,13 +419,27 @@ class _Stage:
         elif not child.suspended and self.draft.status.queue is not None:
             self.draft.set(queue=self.draft.status.queue.model_copy(update={"position": None}))
 
+    def _wait_for_end(self, attempt: int, pod: ChildPod) -> Plan:
+        """The Job is gone, and its pod saves what it has."""
+        report = self._report(attempt, pod)
+        if self.stage is Stage.TRAIN and report is not None:
+            self.draft.progress(report, self.settings.progress_seconds, final=False)
+        self.draft.note_running(STOPPING_SEEN_SECONDS)
+        return self._plan(running=True, look_again=self.settings.poll_seconds)
+
+    def _note_overdue(self) -> None:
+        attempt = self.draft.attempt_number(self.stage)
+        alive = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
+        self.draft.note_overdue(any(pod.delete_by is not None and pod.delete_by < self.now for pod in alive))
+
     def _lost(self, pod: ChildPod) -> bool:
-        """Its node does not say that it has ended, long after it must have."""
-        return (
-            not pod.finished
-            and pod.delete_by is not None
-            and (self.now - pod.delete_by).total_seconds() > NODE_LOST_SECONDS
-        )
+        """Its node does not say that it has ended, long after it must have, and it does not answer either."""
+        attempt = self.draft.status.attempt
+        if pod.finished or pod.delete_by is None or pod.delete_by >= self.now or attempt is None:
+            return False
+        if attempt.overdue_time is None or self._report(pod.attempt, None) is not None:
+            return False
+        return (self.now - parse_time(attempt.overdue_time)).total_seconds() > NODE_LOST_SECONDS
 
     def _node_lost(self, pod: ChildPod) -> Cause:
         assert pod.delete_by is not None
@@ -470,6 +497,7 @@ class _Stage:
     def _next(self, attempt: int, child: ChildJob | None) -> Plan:
         """The attempt has ended. The next one starts when the old pods are gone, so that no two run at once, and when
         the pause is over."""
+        self._note_overdue()
         pods = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
         if child is not None and not child.finished and not child.deleting and all(map(self._lost, pods)):
             # It waits for a pod of a lost node, or would make another one.

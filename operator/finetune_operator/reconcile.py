@@ -39,6 +39,8 @@ from finetune_operator.observe import (
     ChildJob,
     Conflict,
     Observation,
+    own_jobs,
+    own_pods,
     read_jobs,
     read_pods,
     read_position,
@@ -116,6 +118,8 @@ class Reconciler:
             return None
         job = FineTuneJob.parse(body)
         logs.add(uid=job.uid)
+        if job.spec_problem and job.status.attempt is not None:
+            log.warning("%s/%s is left alone: %s", job.namespace, job.name, job.spec_problem)
         if job.status_problem:
             log.warning("%s/%s is left alone: %s", job.namespace, job.name, job.status_problem)
         seen = await self._observe(job)
@@ -151,12 +155,14 @@ class Reconciler:
 
     async def _observe(self, job: FineTuneJob) -> Observation:
         selector = f"{LABEL_JOB_UID}={job.uid}"
-        jobs = read_jobs(await self._kube.list(JOBS, job.namespace, labelSelector=selector))
-        pods = read_pods(await self._kube.list(PODS, job.namespace, labelSelector=selector))
+        jobs = read_jobs(
+            own_jobs(await self._kube.list(JOBS, job.namespace, labelSelector=selector), job.name, job.uid)
+        )
+        pods = read_pods(own_pods(await self._kube.list(PODS, job.namespace, labelSelector=selector), job.name))
         live: Report | None = None
         unreachable = ""
-        # A pod that was told to stop still speaks while it saves.
-        running = next((pod for pod in pods if pod.running and pod.ip), None)
+        # The newest: an older one may be on a node that is lost. A pod that was told to stop still speaks.
+        running = next((pod for pod in reversed(pods) if pod.running and pod.ip), None)
         if running is not None:
             live, unreachable = await self._reader.read(running.ip)
         return Observation(jobs, pods, live=live, unreachable=unreachable)

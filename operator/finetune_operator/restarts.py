@@ -33,13 +33,13 @@ class Decision:
     """A sentence to add to the failure's message."""
 
 
-def decide(spec: FineTuneJobSpec, status: FineTuneJobStatus, uid: str, cause: Cause) -> Decision:
-    """`status` is as before this failure; its attempt is the one that failed."""
+def decide(spec: FineTuneJobSpec, status: FineTuneJobStatus, uid: str, cause: Cause, gpus: int) -> Decision:
+    """`status` is as before this failure; its attempt is the one that failed, and held so many GPUs."""
     attempt = status.attempt
     assert attempt is not None
     restarts = status.restarts or Restarts()
     limit = status.micro_batch_limit
-    ruled = {rule.failure_class: rule.action for rule in spec.failure_policy.rules}.get(cause.failure_class)
+    ruled = _ruled(spec, cause.failure_class)
     disposition = disposition_of(cause.failure_class)
     if ruled is not None:
         disposition = Disposition.FAIL if ruled is FailureAction.FAIL else Disposition.RESTART
@@ -61,12 +61,12 @@ def decide(spec: FineTuneJobSpec, status: FineTuneJobStatus, uid: str, cause: Ca
     because = ""
     memory_restarts = restarts.out_of_memory
     if cause.failure_class is FailureClass.OUT_OF_MEMORY_GPU and attempt.stage is Stage.TRAIN:
-        before = micro_batch_size(spec, max(1, attempt.gpus), limit)
+        before = micro_batch_size(spec, max(1, gpus), limit)
         if before == 1:
             return fail("One row at a time does not fit either.")
         if memory_restarts >= MAX_OUT_OF_MEMORY:
             return fail(f"The micro-batch was halved {MAX_OUT_OF_MEMORY} times, down to {before}.")
-        limit = micro_batch_size(spec, max(1, attempt.gpus), before // 2)
+        limit = micro_batch_size(spec, max(1, gpus), before // 2)
         memory_restarts += 1
         because = f"It goes on with a micro-batch of {limit} instead of {before}; batchSize stays the same."
     if cause.failure_class is FailureClass.UNKNOWN and ruled is None and _happened_before(status, cause):
@@ -74,6 +74,16 @@ def decide(spec: FineTuneJobSpec, status: FineTuneJobStatus, uid: str, cause: Ca
     charged = restarts.charged + 1
     restarts = restarts.model_copy(update={"charged": charged, "out_of_memory": memory_restarts})
     return Decision(disposition, restarts, limit, _backoff(spec, charged, uid, attempt.number), because)
+
+
+def _ruled(spec: FineTuneJobSpec, failure_class: FailureClass) -> FailureAction | None:
+    """What a rule of the job says of a class. That a killed container was out of memory is only known while its pod is
+    there, so that a kill is ruled by both names, and the stricter one counts."""
+    names = [failure_class]
+    if failure_class is FailureClass.KILLED:
+        names.append(FailureClass.OUT_OF_MEMORY_HOST)
+    actions = [rule.action for rule in spec.failure_policy.rules if rule.failure_class in names]
+    return FailureAction.FAIL if FailureAction.FAIL in actions else next(iter(actions), None)
 
 
 def saved_in_this_attempt(status: FineTuneJobStatus) -> bool:

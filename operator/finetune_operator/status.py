@@ -33,6 +33,9 @@ from finetune_operator.observe import ChildPod
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
 from finetune_operator.restarts import decide
 
+MAX_FAILURE_MESSAGE = 2048
+"""Characters of status.failure.message."""
+
 
 @dataclass(frozen=True)
 class Note:
@@ -80,7 +83,7 @@ class Draft:
                 "observedGeneration": self.job.generation,
                 "lastTransitionTime": since,
                 "reason": str(reason),
-                "message": _cut(message, MAX_MESSAGE),
+                "message": cut(message, MAX_MESSAGE),
             }
         )
         others = [other for other in self.status.conditions if other.type != kind]
@@ -88,7 +91,7 @@ class Draft:
         self.set(conditions=[*others[:position], condition, *others[position:]])
 
     def note(self, reason: str, message: str, *, warning: bool = False) -> None:
-        self.notes.append(Note(str(reason), _cut(message, MAX_MESSAGE), warning))
+        self.notes.append(Note(str(reason), cut(message, MAX_MESSAGE), warning))
 
     # Where the job is
 
@@ -110,7 +113,24 @@ class Draft:
 
     @property
     def attempt_ended(self) -> bool:
-        return self.status.attempt is not None and self.status.attempt.outcome is not None
+        """The present attempt has ended, and is counted."""
+        attempt, failure, history = self.status.attempt, self.status.failure, self.status.history
+        if attempt is None:
+            return False
+        mine = (attempt.stage, attempt.number)
+        if attempt.outcome is not None and history and (history[-1].stage, history[-1].number) == mine:
+            # An older operator that starts the next attempt leaves the outcome of the last one in its place.
+            return True
+        # Operators before there was an outcome said it with the failure alone.
+        return failure is not None and (failure.stage, failure.attempt) == mine
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the present attempt holds."""
+        attempt, spec = self.status.attempt, self.job.spec
+        if attempt is None or attempt.stage is not Stage.TRAIN or spec is None:
+            return 0
+        return attempt.gpus if attempt.gpus is not None else spec.resources.gpus_per_node
 
     # What happens
 
@@ -120,6 +140,8 @@ class Draft:
         gpus = self.job.spec.resources.gpus_per_node if stage is Stage.TRAIN else 0
         self.set(
             attempt=Attempt.model_validate({"stage": stage.value, "number": attempt, "jobName": name, "gpus": gpus}),
+            # What the last attempt measured says nothing of this one.
+            progress=self.status.progress and self.status.progress.model_copy(update={"step_seconds": None}),
             queue=None,
             restart_time=None,
             restarts=self.status.restarts or Restarts(),
@@ -133,14 +155,14 @@ class Draft:
         self.set(attempt=self.status.attempt.model_copy(update={"end_time": ended, "outcome": outcome}))
         self._no_time_left()
 
-    def requeue(self, at: datetime | None) -> None:
+    def requeue(self) -> None:
         """A queue has taken the pod of the present attempt away. The attempt goes on with another pod when it is
         admitted again."""
-        self._account(AttemptOutcome.PREEMPTED, at, None)
+        self._account(AttemptOutcome.PREEMPTED, None, None)
         attempt, restarts = self.status.attempt, self.status.restarts or Restarts()
         assert attempt is not None
         self.set(
-            attempt=attempt.model_copy(update={"start_time": None, "resumed_from_step": None}),
+            attempt=attempt.model_copy(update={"start_time": None, "seen_time": None, "resumed_from_step": None}),
             restarts=restarts.model_copy(update={"preemptions": restarts.preemptions + 1}),
         )
         self._no_time_left()
@@ -152,11 +174,11 @@ class Draft:
         Without a time of its end it ended when it was last heard of; a pod that nobody saw run counts nothing."""
         attempt, progress = self.status.attempt, self.status.progress
         assert attempt is not None
-        train = attempt.stage is Stage.TRAIN
+        # What is not known to be this attempt's is that of the one before.
+        spoke = attempt.stage is Stage.TRAIN and attempt.resumed_from_step is not None
         started = parse_time(attempt.start_time) if attempt.start_time else None
         if at is None and started is not None:
-            heard = parse_time(progress.last_updated_time) if train and progress is not None else started
-            at = max(started, heard)
+            at = max(started, parse_time(attempt.seen_time) if attempt.seen_time else started)
         ended = format_time(at or self.now)
         usage = self.status.usage or Usage()
         if started is not None and at is not None:
@@ -164,8 +186,8 @@ class Draft:
             useful = min(seconds, self._useful_seconds(outcome))
             usage = Usage(
                 active_seconds=usage.active_seconds + seconds,
-                gpu_seconds=usage.gpu_seconds + seconds * attempt.gpus,
-                wasted_gpu_seconds=usage.wasted_gpu_seconds + (seconds - useful) * attempt.gpus,
+                gpu_seconds=usage.gpu_seconds + seconds * self.gpus,
+                wasted_gpu_seconds=usage.wasted_gpu_seconds + (seconds - useful) * self.gpus,
             )
         preempted = FailureClass.PREEMPTED if outcome is AttemptOutcome.PREEMPTED else None
         past = PastAttempt.model_validate(
@@ -174,15 +196,15 @@ class Draft:
                 "number": attempt.number,
                 "outcome": outcome.value,
                 "class": failure.failure_class if failure else preempted,
-                "message": _cut(failure.message, MAX_PAST_MESSAGE) if failure else None,
+                "message": cut(failure.message, MAX_PAST_MESSAGE) if failure else None,
                 "startTime": attempt.start_time,
                 "endTime": ended,
                 "fromStep": attempt.resumed_from_step,
-                "toStep": progress.current_step if train and progress is not None else None,
+                "toStep": progress.current_step if progress is not None and spoke else None,
                 "exitCode": failure.exit_code if failure else None,
                 "rank": failure.rank if failure else None,
-                "pod": _cut(failure.pod, 63) if failure and failure.pod else None,
-                "node": _cut(failure.node, 63) if failure and failure.node else None,
+                "pod": cut(failure.pod, 63) if failure and failure.pod else None,
+                "node": cut(failure.node, 63) if failure and failure.node else None,
             }
         )
         self.set(usage=usage, history=[*self.status.history, past][-MAX_HISTORY:])
@@ -191,13 +213,37 @@ class Draft:
     def _useful_seconds(self, outcome: AttemptOutcome) -> int:
         """Time of the present attempt that went into steps that the result has."""
         attempt, progress, checkpoint = self.status.attempt, self.status.progress, self.status.checkpoint
-        if attempt is None or progress is None or progress.step_seconds is None or attempt.stage is not Stage.TRAIN:
+        if attempt is None or attempt.stage is not Stage.TRAIN or attempt.resumed_from_step is None:
             return 0
-        first = attempt.resumed_from_step or 0
+        if progress is None or progress.step_seconds is None:
+            return 0
+        first = attempt.resumed_from_step
         last = checkpoint.step if checkpoint is not None else first
         if outcome is AttemptOutcome.SUCCEEDED:
             last = progress.total_steps
         return round(max(0, last - first) * float(progress.step_seconds))
+
+    def note_running(self, every: float) -> None:
+        """The pod of the present attempt was seen to run."""
+        attempt = self.status.attempt
+        if attempt is None or attempt.start_time is None:
+            return
+        before = parse_time(attempt.seen_time or attempt.start_time)
+        if (self.now - before).total_seconds() >= every:
+            self.note_seen(self.now)
+
+    def note_seen(self, at: datetime) -> None:
+        """The pod of the present attempt ran until then at least."""
+        attempt, seen = self.status.attempt, format_time(at)
+        if attempt is not None and attempt.start_time is not None and attempt.seen_time != seen:
+            self.set(attempt=attempt.model_copy(update={"seen_time": seen}))
+
+    def note_overdue(self, overdue: bool) -> None:
+        """The pod of the present attempt should have ended. When that was first seen counts: whose clock said until
+        when it had time is not known."""
+        attempt = self.status.attempt
+        if attempt is not None and overdue != (attempt.overdue_time is not None):
+            self.set(attempt=attempt.model_copy(update={"overdue_time": format_time(self.now) if overdue else None}))
 
     def active_seconds(self) -> float:
         """Time in which pods of the job ran until now."""
@@ -212,7 +258,7 @@ class Draft:
         assert self.job.spec is not None
         attempt = self.status.attempt
         assert attempt is not None
-        decision = decide(self.job.spec, self.status, self.job.uid, cause)
+        decision = decide(self.job.spec, self.status, self.job.uid, cause, self.gpus)
         failure_class = cause.failure_class
         if failure_class is FailureClass.KILLED and pod is not None and pod.oom_killed:
             failure_class = FailureClass.OUT_OF_MEMORY_HOST
@@ -225,7 +271,7 @@ class Draft:
         failure = Failure.model_validate(
             {
                 "class": failure_class.value,
-                "message": _cut(message, 2048),
+                "message": cut(message, MAX_FAILURE_MESSAGE),
                 "disposition": "Terminal" if final else "WillRestart",
                 "stage": attempt.stage.value,
                 "attempt": attempt.number,
@@ -389,7 +435,7 @@ def _in(seconds: int) -> str:
     return f"in {seconds} s" if seconds else "at once"
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

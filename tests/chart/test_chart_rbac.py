@@ -135,7 +135,6 @@ def jobs_in_all_situations() -> dict[str, Object]:
     """Objects by path: one job whose way is free, two whose children's names are somebody else's, one that waits in a
     queue, and one that is over and has left a child."""
     objects: dict[str, Object] = {
-        "/api/v1/namespaces/team/configmaps/blocked-prepare-1": {"metadata": {"name": "blocked-prepare-1"}},
         "/apis/batch/v1/namespaces/team/jobs/halted-prepare-1": {"metadata": {"name": "halted-prepare-1"}},
     }
     # Of a Job that this server gave no uid.

@@ -16,7 +16,7 @@ from operator_process import OperatorProcess
 from scripted import ScriptedKubelet, agent
 
 from finetune_api.failures import FailureClass, exit_code_of
-from finetune_api.names import LABEL_JOB_NAME, LABEL_JOB_UID
+from finetune_api.names import LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID, LABEL_STAGE
 from finetune_api.report import Outcome, ReportedFailure, StepProgress
 from finetune_api.status import ArtifactResult, CheckpointResult
 
@@ -202,13 +202,18 @@ def test_delete_and_create_again_at_once_starts_over(
 def test_somebody_elses_object_is_left_alone(
     scripted_server: TestServer, namespace: str, job: Job, operator: OperatorProcess
 ) -> None:
-    path = f"/api/v1/namespaces/{namespace}/configmaps"
-    theirs = {"metadata": {"name": "bot-prepare-1"}, "data": {"theirs": "yes"}}
+    path = f"/apis/batch/v1/namespaces/{namespace}/jobs"
+    pod = {"restartPolicy": "Never", "containers": [{"name": "main", "image": "theirs"}]}
+    # A copy of a child, labels and all; only its owner is missing.
+    labels = {LABEL_JOB_NAME: "bot", LABEL_STAGE: "prepare", LABEL_ATTEMPT: "1"}
+    theirs = {"metadata": {"name": "bot-prepare-1", "labels": labels}, "spec": {"template": {"spec": pod}}}
     assert scripted_server.client.create(path, theirs).code == 201
+    uid = scripted_server.client.get(f"{path}/bot-prepare-1").body["metadata"]["uid"]
     job.create()
     job.until_condition("Validated", "False", "NameConflict")
-    assert scripted_server.client.get(f"{path}/bot-prepare-1").body["data"] == {"theirs": "yes"}
-    assert job.children("jobs") == []
+    job.change(suspend=True)
+    job.until(phase="Suspended")
+    assert scripted_server.client.get(f"{path}/bot-prepare-1").body["metadata"]["uid"] == uid
     scripted_server.client.delete(f"{path}/bot-prepare-1")
 
 

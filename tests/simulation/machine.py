@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from hypothesis import strategies as st
@@ -13,12 +14,15 @@ from finetune_api.names import Stage
 from finetune_api.status import MAX_HISTORY
 from finetune_operator.observe import Observation, read_jobs, read_pods
 from finetune_operator.plan import NODE_LOST_SECONDS, plan
-from finetune_operator.resource import FineTuneJob
+from finetune_operator.resource import FineTuneJob, parse_time
 
 _CODES = sorted({rule.exit_code for rule in RULES.values() if rule.exit_code is not None} | {1, 137, 139, 143})
 # Most codes end the job, and there is more to see in jobs that go on.
 EXIT_CODES = _CODES + 3 * [69, 75, 80, 81, 83, 137, 139]
 MAX_RESTARTS = 2
+MAX_SKEW = 45.0
+LATE_SECONDS = 15.0
+"""How late an attentive operator may be."""
 
 faults = st.builds(Fault, st.integers(1, 8), st.sampled_from(FAULTS))
 index = st.integers(0, 3)
@@ -29,6 +33,12 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
         self.applied = 0
+        self.attentive = False
+        """The operator looks after everything that happens, nothing of what it does fails, and its clock is right: then
+        what it says must be exact."""
+        self.skewed = False
+        self.expiring = False
+        """The job may be deleted for its time to live."""
         self.terminal: dict[str, str] = {}
         """The terminal condition of every uid that had one."""
         self.made_at_the_end: dict[str, dict[Stage, int]] = {}
@@ -44,6 +54,7 @@ class Life(RuleBasedStateMachine):
         deadline=st.sampled_from([None, 600]),
         waiting=st.sampled_from([None, 900]),
         ttl=st.sampled_from([None, 100]),
+        attentive=st.booleans(),
         queued=st.booleans(),
         begun=st.sampled_from([0, 0, 1, 2, 3, 3, 3, 5, 6]),
         rules=st.lists(
@@ -63,6 +74,7 @@ class Life(RuleBasedStateMachine):
         deadline: int | None,
         waiting: int | None,
         ttl: int | None,
+        attentive: bool,
         queued: bool,
         begun: int,
         rules: Any,
@@ -79,6 +91,7 @@ class Life(RuleBasedStateMachine):
             **{key: value for key, value in limits.items() if value is not None},
         }
         self.world.apply(self.spec)
+        self.attentive = attentive
         for _ in range(begun):
             self.everybody_works(succeed=True)
 
@@ -88,13 +101,21 @@ class Life(RuleBasedStateMachine):
     def operator_looks(self) -> None:
         self.world.operate()
 
+    @precondition(lambda self: not self.attentive)
     @rule(fault=faults)
     def operator_looks_and_something_fails(self, fault: Fault) -> None:
         self.world.operate(fault)
 
+    @precondition(lambda self: not self.attentive)
     @rule()
     def operator_looks_and_cannot_reach_the_pod(self) -> None:
         self.world.operate(unreachable=True)
+
+    @precondition(lambda self: not self.attentive)
+    @rule(seconds=st.sampled_from([-MAX_SKEW, 0, MAX_SKEW]))
+    def operators_clock_goes_wrong(self, seconds: float) -> None:
+        self.skewed = True
+        self.world.skew = seconds
 
     @rule(succeed=st.booleans())
     def everybody_works(self, succeed: bool) -> None:
@@ -110,7 +131,7 @@ class Life(RuleBasedStateMachine):
             elif succeed and "deletionTimestamp" not in pod["metadata"]:
                 self.world.train(pod, 4)
                 self.world.succeed(pod)
-        self.world.sleep(5)
+        self._sleep(5)
         self.world.control()
         self.world.operate()
 
@@ -139,7 +160,7 @@ class Life(RuleBasedStateMachine):
     def pod_trains(self, index: int, steps: int) -> None:
         if pod := self._pick(index, "Running"):
             self.world.train(pod, steps)
-            self.world.sleep(2.0 * steps)
+            self._sleep(2.0 * steps)
 
     @rule(index=index)
     def pod_succeeds(self, index: int) -> None:
@@ -193,6 +214,15 @@ class Life(RuleBasedStateMachine):
     def user_edits_the_deadline(self, value: int | None) -> None:
         self.world.edit(activeDeadlineSeconds=value)
 
+    @rule(gpus=st.sampled_from([0, 2, 4]))
+    def user_edits_the_resources(self, gpus: int) -> None:
+        if self.world.job is not None and self.world.job["spec"].get("suspend"):
+            self.world.edit(resources={"gpusPerNode": gpus})
+
+    @rule(refuses=st.booleans())
+    def webhook_changes_its_mind(self, refuses: bool) -> None:
+        self.world.webhook_refuses = refuses
+
     @rule(quota=st.booleans())
     def quota_changes(self, quota: bool) -> None:
         self.world.quota = quota
@@ -206,7 +236,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 10, GRACE, GRACE + NODE_LOST_SECONDS + 1, 3600]))
     def time_passes(self, seconds: float) -> None:
-        self.world.sleep(seconds)
+        self._sleep(seconds)
 
     # What must hold
 
@@ -284,7 +314,68 @@ class Life(RuleBasedStateMachine):
         for uid, status in self._status():
             usage = status.get("usage") or {}
             assert usage.get("wastedGPUSeconds", 0) <= usage.get("gpuSeconds", 0)
-            assert usage.get("activeSeconds", 0) <= self.world.ran.get(uid, 0.0), "time that no pod ran"
+            most = self.world.ran.get(uid, 0.0)
+            if self.skewed:
+                most += 2 * MAX_SKEW * (len(status.get("history", [])) + 1)
+            assert usage.get("activeSeconds", 0) <= most, "time that no pod ran"
+
+    @invariant()
+    def accounts_are_not_less_than_what_was_seen(self) -> None:
+        for uid, status in self._status():
+            if not self.attentive or (status.get("failure") or {}).get("class") == "DeadlineExceeded":
+                continue  # the grace after a deadline is not counted
+            attempt, active = status.get("attempt") or {}, (status.get("usage") or {}).get("activeSeconds", 0)
+            if attempt.get("startTime") and not attempt.get("endTime"):
+                active += (self.world.now - parse_time(attempt["startTime"])).total_seconds()
+            ran = self.world.ran.get(uid, 0.0)
+            missed = LATE_SECONDS * (len(status.get("history", [])) + 1)
+            assert active >= ran - missed, f"{ran} s ran, {active} are known"
+
+    @invariant()
+    def limits_are_kept(self) -> None:
+        for _, status in self._status():
+            job = self.world.job
+            assert job is not None
+            limit = job["spec"].get("activeDeadlineSeconds")
+            if not self.attentive or limit is None or status.get("completionTime"):
+                continue
+            attempt, active = status.get("attempt") or {}, (status.get("usage") or {}).get("activeSeconds", 0)
+            if attempt.get("startTime") and not attempt.get("endTime"):
+                active += (self.world.now - parse_time(attempt["startTime"])).total_seconds()
+            stopping = any("deletionTimestamp" in pod["metadata"] for pod in self.world.pods())
+            assert active <= limit + LATE_SECONDS or stopping, f"{active} of {limit} s"
+
+    @invariant()
+    def a_job_lives_as_long_as_it_was_to(self) -> None:
+        if self.world.job is None:
+            assert self.expiring, "a job was deleted before its time"
+            return
+        over = self._over()
+        self.expiring = over is not None and (self.skewed or over > -LATE_SECONDS)
+        assert not self.attentive or over is None or over < LATE_SECONDS, "a job outlives its time"
+
+    def _over(self) -> float | None:
+        """Seconds since the job's time to live was over; None when it has none, or has not ended."""
+        job = self.world.job
+        ended = ((job or {}).get("status") or {}).get("completionTime")
+        ttl = (job or {}).get("spec", {}).get("ttlSecondsAfterFinished")
+        if ended is None or ttl is None:
+            return None
+        return (self.world.now - parse_time(ended)).total_seconds() - ttl
+
+    @invariant()
+    def what_the_pod_says_is_known(self) -> None:
+        for _, status in self._status():
+            attempt = status.get("attempt") or {}
+            for pod in self.world.pods():
+                if not self.attentive or pod["status"]["phase"] != "Running" or status.get("completionTime"):
+                    continue
+                if pod["spec"]["nodeName"] in self.world.lost_nodes or not attempt.get("startTime"):
+                    continue
+                stage, number = position(pod)
+                said = pod["trainer"]["report"].checkpoint
+                if (stage, number) == (attempt["stage"], attempt["number"]) and said and not attempt.get("endTime"):
+                    assert (status.get("checkpoint") or {}).get("step") == said.step
 
     @invariant()
     def the_same_picture_gives_the_same_plan(self) -> None:
@@ -299,12 +390,39 @@ class Life(RuleBasedStateMachine):
         settings = self.world.settings
         assert plan(job, seen, settings, self.world.now) == plan(job, seen, settings, self.world.now)
 
+    def check_invariants(self, *arguments: Any) -> None:
+        if self.attentive:
+            self._look()
+        super().check_invariants(*arguments)  # type: ignore[no-untyped-call]
+
+    def _look(self) -> None:
+        """Until nothing is to be done at once."""
+        for _ in range(20):
+            over = self._over()
+            self.expiring = self.expiring or (over is not None and over > -LATE_SECONDS)
+            self.world.operate()
+            if self.world.due is None or self.world.due > self.world.now:
+                return
+        raise AssertionError("the operator never rests")
+
+    def _sleep(self, seconds: float) -> None:
+        until = self.world.now + timedelta(seconds=seconds)
+        while self.attentive and self.world.now < until:
+            # The resync looks once a minute when nothing else makes it look.
+            due = min(until, self.world.due or until, self.world.now + timedelta(seconds=60))
+            self.world.sleep(max(0.1, (due - self.world.now).total_seconds()))
+            self._look()
+        if self.world.now < until:
+            self.world.sleep((until - self.world.now).total_seconds())
+
     # The end: without faults every job comes to one
 
     def teardown(self) -> None:
         if self.world.job is None:
             return
         self.world.quota = True
+        self.world.webhook_refuses = False
+        self.world.skew = 0.0
         self.world.lost_nodes.clear()
         self.world.edit(suspend=False)
         for _ in range(400):

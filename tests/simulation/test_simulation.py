@@ -24,7 +24,7 @@ def quiet() -> None:
 def profile(runs: int, **changes: object) -> settings:
     return settings(
         max_examples=runs,
-        stateful_step_count=40,
+        stateful_step_count=30,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

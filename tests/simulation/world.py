@@ -86,6 +86,9 @@ class World:
         """By plural and name; there is one namespace."""
         self.storage: dict[str, Storage] = {}
         self.quota = True
+        self.webhook_refuses = False
+        self.skew = 0.0
+        """Seconds by which the operator's clock is ahead of the cluster's."""
         self.lost_nodes: set[str] = set()
         self.ran: dict[str, float] = {}
         """Seconds that pods ran, by the uid of the FineTuneJob."""
@@ -109,7 +112,7 @@ class World:
             self.settings,
             Metrics(),
             self._again,
-            clock=lambda: self.now,
+            clock=lambda: self.now + timedelta(seconds=self.skew),
         )
 
     def _again(self, key: Key, delay: float) -> None:
@@ -161,6 +164,8 @@ class World:
     async def create(self, kind: Kind, namespace: str, body: Object, **query: str) -> Object:
         name = body["metadata"]["name"]
         for _ in self._request():
+            if self.webhook_refuses and kind.plural == "jobs":
+                raise ApiError(403, "admission webhook denied the request")
             if (kind.plural, name) in self.objects:
                 raise ApiError(409, f"{kind.plural} {name} already exists")
             self.add(kind.plural, body)
@@ -242,9 +247,14 @@ class World:
             # Until the Job controller has seen that a pod has ended, it ran for all that the cluster will remember.
             phase = pod["status"]["phase"]
             counts = phase == "Running" or (phase != "Pending" and not self._ended(pod))
-            if counts and not self.is_lost(pod):
+            if counts:
                 uid = pod["trainer"]["uid"]
-                self.ran[uid] = self.ran.get(uid, 0.0) + seconds
+                ran = seconds
+                if pod["spec"]["nodeName"] in self.lost_nodes:
+                    # Nobody can tell how long it ran; it should have ended by then.
+                    until = parse_time(pod["metadata"]["deletionTimestamp"])
+                    ran = max(0.0, min(seconds, (until - self.now).total_seconds()))
+                self.ran[uid] = self.ran.get(uid, 0.0) + ran
         self.now += timedelta(seconds=seconds)
 
     # People
@@ -358,15 +368,21 @@ class World:
     def _make_pod(self, job: Object) -> None:
         self._counter += 1
         name = f"{job['metadata']['name']}-0-{self._counter}"
-        config_map = self.objects["configmaps", job["metadata"]["name"]]
+        (volume,) = [v for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "document"]
+        config_map = self.objects["configmaps", volume["configMap"]["name"]]
         document = JobDocument.model_validate(json.loads(config_map["data"][DOCUMENT_FILE]))
+        limits = job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        if document.stage is Stage.TRAIN:
+            assert document.processes == max(1, int(limits.get("nvidia.com/gpu", 0))), "a document of another Job"
         pod = self.add(
             "pods",
             {
                 "metadata": {
                     "name": name,
                     "labels": job["spec"]["template"]["metadata"]["labels"],
-                    "ownerReferences": [{"kind": "Job", "uid": job["metadata"]["uid"]}],
+                    "ownerReferences": [
+                        {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+                    ],
                 },
                 "spec": {"nodeName": f"node-{self._counter}"},
                 "status": {"phase": "Pending", "podIP": f"10.0.0.{self._counter}"},

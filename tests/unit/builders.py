@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -247,4 +248,6 @@ def deleted(planned: Plan) -> list[str]:
 
 
 def created(planned: Plan) -> list[str]:
-    return [f"{item['kind']}/{item['metadata']['name']}" for item in planned.create]
+    """Kinds and names, without the digest that ends the name of a ConfigMap."""
+    names = [f"{item['kind']}/{item['metadata']['name']}" for item in planned.create]
+    return [re.sub("-[0-9a-f]{8}$", "", name) if name.startswith("ConfigMap/") else name for name in names]

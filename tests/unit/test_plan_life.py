@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from builders import (
     NOW,
+    UID,
     Story,
     child_job,
     child_pod,
@@ -26,6 +27,7 @@ from test_plan import document, progress, saved
 from finetune_api.failures import FailureClass
 from finetune_api.names import Stage
 from finetune_api.status import MAX_HISTORY, CheckpointResult, Phase
+from finetune_operator.observe import own_jobs, own_pods
 from finetune_operator.plan import NODE_LOST_SECONDS
 from finetune_operator.resource import format_time
 
@@ -319,6 +321,7 @@ class TestLostNodes:
         story.prepared()
         jobs, pods = [child_job(TRAIN)], [running_pod(TRAIN, delete_by=NOW)]
         story.look(jobs, pods, live=saved(TRAIN, 1, 0, 40))
+        assert story.look(jobs, pods, after=1000).delete == (), "whose clock is wrong is not known"
         assert story.look(jobs, pods, after=NODE_LOST_SECONDS).delete == (), "it may just be late"
         planned = story.look(jobs, pods, after=1)
         assert story.body["status"]["failure"]["class"] == "NodeLost"
@@ -329,12 +332,20 @@ class TestLostNodes:
         assert created(planned)[1] == "Job/bot-train-2"
         assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
 
+    def test_a_pod_that_answers_is_not_lost(self) -> None:
+        story = Story()
+        story.prepared()
+        jobs, pods = [child_job(TRAIN)], [running_pod(TRAIN, delete_by=NOW)]
+        for _ in range(10):
+            story.look(jobs, pods, live=saved(TRAIN, 1, 0, 40), after=60)
+        assert "failure" not in story.body["status"]
+
     def test_a_job_that_has_failed_already_does_not_wait_for_the_node(self) -> None:
         story = Story()
         story.prepared()
         jobs, pods = [disrupted(TRAIN, 1, gone=False)], [running_pod(TRAIN, delete_by=NOW)]
-        assert story.look(jobs, pods).delete == ()
-        planned = story.look(jobs, pods, after=NODE_LOST_SECONDS + 60)
+        assert story.look(jobs, pods, after=1).delete == ()
+        planned = story.look(jobs, pods, after=NODE_LOST_SECONDS + 1)
         assert deleted(planned) == ["bot-train-1"]
         assert created(story.look([], pods))[1] == "Job/bot-train-2"
         assert story.body["status"]["restarts"]["preemptions"] == 1, "one loss, counted once"
@@ -346,7 +357,7 @@ class TestLostNodes:
         suspend(story)
         story.look(*running(TRAIN))
         pods = [running_pod(TRAIN, delete_by=NOW)]
-        assert story.look([], pods).status.phase is not Phase.SUSPENDED
+        assert story.look([], pods, after=1).status.phase is not Phase.SUSPENDED
         assert story.look([], pods, after=NODE_LOST_SECONDS + 1).status.phase is Phase.SUSPENDED
 
 
@@ -495,3 +506,172 @@ class TestAccounts:
         assert [(entry["stage"], entry["outcome"]) for entry in story.body["status"]["history"]] == [
             ("prepare", "Succeeded")
         ]
+
+
+class TestEndsThatTakeTime:
+    """A pod whose Job is gone has its grace, and what it does in it counts."""
+
+    def told_to_stop(self) -> Story:
+        story = Story(resources={"gpusPerNode": 4})
+        story.prepared()
+        story.look(*running(TRAIN), live=saved(TRAIN, 1, 0, 10))
+        suspend(story)
+        story.look(*running(TRAIN), live=saved(TRAIN, 1, 0, 10), after=580)
+        return story
+
+    def test_what_it_saves_in_its_grace_is_known(self) -> None:
+        story = self.told_to_stop()
+        stopping = [running_pod(TRAIN, delete_by=NOW + timedelta(seconds=700))]
+        story.look([], stopping, live=saved(TRAIN, 1, 0, 90), after=30)
+        assert story.body["status"]["checkpoint"]["step"] == 90
+        assert story.body["status"]["attempt"].get("outcome") is None, "it has not ended"
+        story.look()
+        (message,) = [c["message"] for c in story.body["status"]["conditions"] if c["type"] == "Suspended"]
+        assert "the checkpoint of step 90" in message
+
+    def test_its_time_is_counted_though_nobody_saw_it_end(self) -> None:
+        story = self.told_to_stop()
+        story.look([], [running_pod(TRAIN, delete_by=NOW + timedelta(seconds=700))], after=20)
+        story.look(after=5)
+        (past,) = [entry for entry in story.body["status"]["history"] if entry["stage"] == "train"]
+        assert past["endTime"] == format_time(NOW + timedelta(seconds=600))
+        assert story.body["status"]["usage"]["gpuSeconds"] == 4 * 620
+
+    @pytest.mark.parametrize("stage", [PREPARE, EXPORT])
+    def test_time_of_every_stage_is_counted(self, stage: Stage) -> None:
+        story = Story()
+        BEGIN[stage](story)
+        before = (story.body["status"].get("usage") or {}).get("activeSeconds", 0)
+        story.look(*running(stage))
+        story.look(*running(stage), after=3000)
+        suspend(story)
+        story.look(*running(stage))
+        story.look()
+        assert story.body["status"]["usage"]["activeSeconds"] - before == 3020
+
+    def test_a_running_pod_is_written_down_once_a_minute(self) -> None:
+        story = Story()
+        story.prepared()
+        written = []
+        for _ in range(60):
+            story.look(*running(TRAIN), after=5)
+            written.append(story.body["status"]["attempt"].get("seenTime"))
+        assert 4 <= len(set(written) - {None}) <= 6
+
+    def test_an_attempt_that_made_no_step_used_its_time_for_nothing(self) -> None:
+        """Numbers of the attempt before are not its own."""
+        story = Story(resources={"gpusPerNode": 1}, failurePolicy={"backoffSeconds": 0})
+        story.prepared()
+        live = report(TRAIN, resumed_from_step=0, progress=progress(7), checkpoint=STORED)
+        story.look(*running(TRAIN), live=live)
+        story.look([disrupted(TRAIN, 1)], [ended_pod(TRAIN, 1, 75, live)])
+        before = story.body["status"]["usage"]
+        story.look(*running(TRAIN, 2))
+        story.look([disrupted(TRAIN, 2)], [ended_pod(TRAIN, 2, 75)])
+        usage = story.body["status"]["usage"]
+        assert usage["wastedGPUSeconds"] - before["wastedGPUSeconds"] == 20
+        assert "toStep" not in story.body["status"]["history"][-1]
+
+
+class TestOlderOperators:
+    """What was stored before an attempt had an outcome, and what an older operator makes of a newer status."""
+
+    def failed_before(self, **status: Any) -> Story:
+        story = Story(failurePolicy={"maxRestarts": 1, "backoffSeconds": 0})
+        story.prepared()
+        story.look([exited(TRAIN, 1, 69, gone=False)])
+        for field in ("history", "usage"):
+            story.body["status"].pop(field)
+        for field in ("outcome", "endTime", "gpus"):
+            story.body["status"]["attempt"].pop(field)
+        story.body["status"] |= status
+        return story
+
+    def test_a_failure_that_was_counted_is_not_counted_again(self) -> None:
+        story = self.failed_before()
+        planned = story.look([exited(TRAIN, 1, 69)])
+        assert story.condition("Failed") is None
+        assert created(planned)[1] == "Job/bot-train-2"
+        assert story.body["status"]["restarts"]["charged"] == 1
+
+    def test_an_outcome_that_an_older_operator_left_is_not_the_next_attempts(self) -> None:
+        """It merges its own fields into the attempt, and leaves the others."""
+        story = Story(failurePolicy={"backoffSeconds": 0})
+        story.prepared()
+        story.look([exited(TRAIN, 1, 69)])
+        left = {"outcome": "Failed", "endTime": format_time(NOW)}
+        story.body["status"]["attempt"] = {"stage": "train", "number": 2, "jobName": "bot-train-2", **left}
+        planned = story.look([exited(TRAIN, 1, 69), complete(TRAIN, 2)])
+        assert created(planned)[1] == "Job/bot-export-1"
+        assert story.body["status"]["trainedAttempt"] == 2
+
+    def test_gpus_of_an_attempt_that_did_not_say_are_those_of_the_spec(self) -> None:
+        story = Story(resources={"gpusPerNode": 4}, hyperparameters={"batchSize": 16})
+        story.prepared()
+        story.body["status"]["attempt"].pop("gpus")
+        story.look(*running(TRAIN))
+        story.look([failed(TRAIN, 1, FailureClass.OUT_OF_MEMORY_GPU)], [ended_pod(TRAIN, 1, 80)])
+        assert story.body["status"]["usage"]["gpuSeconds"] == 80
+        assert story.body["status"]["microBatchLimit"] == 2
+
+    def test_the_longest_message_of_any_version_can_be_read(self) -> None:
+        story = Story()
+        story.prepared()
+        story.body["status"]["conditions"][0]["message"] = "x" * 1024
+        assert story.job.status_problem == ""
+
+
+class TestWhoseItIs:
+    def test_a_condition_of_an_earlier_attempt_says_nothing_of_the_next(self) -> None:
+        """Suspended, resumed, and the operator died after it had created the next attempt."""
+        story = Story()
+        story.prepared()
+        story.look(*running(TRAIN))
+        suspend(story)
+        story.look(*running(TRAIN))
+        story.look([], [running_pod(TRAIN, delete_by=NOW + timedelta(seconds=60))])
+        suspend(story, False)
+        story.look([exited(TRAIN, 2, 137)])
+        assert story.body["status"]["failure"]["class"] == "Killed"
+        assert story.body["status"]["restarts"]["charged"] == 1
+
+    def test_a_copy_of_a_child_is_not_one(self) -> None:
+        child = child_job(TRAIN)
+        child["metadata"]["ownerReferences"] = [{"uid": UID}]
+        copy = child_job(TRAIN, 2)
+        copy["metadata"]["name"] = "my-debug-copy"
+        renamed = child_job(TRAIN, 2)
+        renamed["metadata"] |= {"name": "my-debug-copy", "ownerReferences": [{"uid": UID}]}
+        assert own_jobs([copy, renamed, child], "bot", UID) == [child]
+        pod = running_pod(TRAIN)
+        pod["metadata"]["ownerReferences"] = [{"kind": "Job", "name": "bot-train-1", "uid": "gone"}]
+        stray = running_pod(TRAIN)
+        stray["metadata"]["ownerReferences"] = [{"kind": "Job", "name": "my-debug-copy", "uid": "x"}]
+        assert own_pods([running_pod(TRAIN), stray, pod], "bot") == [pod]
+
+    def test_a_document_is_named_by_its_content(self) -> None:
+        """One that was left by a creation that failed half-way is not given to a Job of another content."""
+
+        def named(story: Story) -> tuple[str, str]:
+            config_map, job = story.look().create
+            (volume,) = [v for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "document"]
+            return config_map["metadata"]["name"], volume["configMap"]["name"]
+
+        first, second = named(Story()), named(Story(resources={"gpusPerNode": 4}))
+        assert first[0] == first[1] != second[0]
+        assert first == named(Story())
+
+
+class TestMessages:
+    def test_a_refusal_of_any_length_is_an_end(self) -> None:
+        story = Story()
+        story.look(create_error="x" * 5000, create_invalid=True)
+        assert story.condition("Failed") == ("True", "UserError")
+        assert len(story.body["status"]["failure"]["message"]) == 2048
+
+    @pytest.mark.parametrize("named", ["Killed", "OutOfMemoryHost"])
+    def test_a_kill_is_ruled_by_both_of_its_names(self, named: str) -> None:
+        story = Story(failurePolicy={"rules": [{"class": named, "action": "Fail"}]})
+        story.prepared()
+        story.look([exited(TRAIN, 1, 137)], [ended_pod(TRAIN, 1, 137, reason="OOMKilled")])
+        assert story.condition("Failed") == ("True", "OutOfMemoryHost")

@@ -366,7 +366,8 @@ class TestPodTemplate:
         assert main["image"] == EVERYTHING["image"]
         assert built["spec"]["imagePullSecrets"] == EVERYTHING["imagePullSecrets"]
         assert main["env"] == before["env"] + EVERYTHING["env"]
-        assert built["spec"]["volumes"] == plain["spec"]["volumes"] + EVERYTHING["volumes"]
+        # The first is the document, which names its content.
+        assert built["spec"]["volumes"][1:] == plain["spec"]["volumes"][1:] + EVERYTHING["volumes"]
         assert main["volumeMounts"] == before["volumeMounts"] + EVERYTHING["volumeMounts"]
         assert built["spec"]["securityContext"] == {
             **EVERYTHING["securityContext"],
@@ -462,7 +463,10 @@ class TestModelCache:
         assert violations(built) == []
 
     def test_prepare_reads_no_weights(self) -> None:
-        assert pod(Stage.PREPARE, storage=self.CACHE) == pod(Stage.PREPARE)
+        plain, cached = pod(Stage.PREPARE), pod(Stage.PREPARE, storage=self.CACHE)
+        # The first volume is the document, which names its content.
+        assert cached["volumes"][1:] == plain["volumes"][1:]
+        assert cached["containers"] == plain["containers"]
 
     def test_it_decides_nothing_about_the_result(self) -> None:
         body = job_body(storage=self.CACHE)["spec"]
@@ -492,7 +496,7 @@ def test_own_names_are_those_of_the_pod() -> None:
     names = {name for name in environment(storage=storage) if not name.startswith("FINETUNE_")}
     assert names < set(OWN_VARIABLES)
     source = Path(agent.__file__).read_text()
-    gpus = {"CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
+    gpus = {name for name in OWN_VARIABLES if name.endswith("_VISIBLE_DEVICES")}
     assert all(f'"{name}"' in source for name in set(OWN_VARIABLES) - names - gpus)
 
 
