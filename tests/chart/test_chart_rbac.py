@@ -141,7 +141,11 @@ def jobs_in_all_situations() -> dict[str, Object]:
     objects[KUEUE.format("") + "/workloads/w"] = {"metadata": {"name": "w", "labels": {LABEL_QUEUED_JOB_UID: ""}}}
     objects[KUEUE.format("visibility.") + "/localqueues/team-a/pendingworkloads"] = {"metadata": {}, "items": []}
     child = child_job(Stage.PREPARE)
-    child["metadata"] |= {"name": "over-prepare-1", "labels": {LABEL_JOB_UID: f"{UID}-over", **POSITION}}
+    child["metadata"] |= {
+        "name": "over-prepare-1",
+        "labels": {LABEL_JOB_UID: f"{UID}-over", **POSITION},
+        "ownerReferences": [{"uid": f"{UID}-over"}],
+    }
     objects["/apis/batch/v1/namespaces/team/jobs/over-prepare-1"] = child
     for name in NAMES:
         scheduling = {"cpuQueueName": "team-a"} if name == "queued" else {}
