@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import aiohttp
 import click
@@ -30,6 +30,8 @@ from finetune_operator.cli.validation import Verdict, check, validate
 from finetune_operator.kube import FINETUNE_JOBS, PODS, ApiError, Kube, load_client_of_user
 from finetune_operator.observe import read_pods
 from finetune_operator.resource import FineTuneJob
+
+T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_TIMEOUT = 3
@@ -72,8 +74,13 @@ async def connect(target: Target) -> AsyncIterator[tuple[Kube, str]]:
 
 def run(work: Awaitable[int]) -> None:
     """Run an asynchronous command and exit with its code."""
+    sys.exit(result_of(work))
 
-    async def main() -> int:
+
+def result_of(work: Awaitable[T]) -> T:
+    """The result of asynchronous work. Where there is none, exit with a message and the code that says why."""
+
+    async def main() -> T:
         # Stopped politely, it puts away what it has started, as after Ctrl-C.
         task = asyncio.current_task()
         assert task is not None
@@ -81,7 +88,7 @@ def run(work: Awaitable[int]) -> None:
         return await work
 
     try:
-        sys.exit(asyncio.run(main()))
+        return asyncio.run(main())
     except Stop as stop:
         click.echo(f"error: {stop}", err=True)
         sys.exit(stop.code)
@@ -422,4 +429,12 @@ def _local() -> None:
         main.add_command(local)
 
 
+def _gc() -> None:
+    """The command is in a module of its own, which uses this one."""
+    from finetune_operator.cli.gc import gc_command
+
+    main.add_command(gc_command)
+
+
+_gc()
 _local()
