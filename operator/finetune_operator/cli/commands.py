@@ -1,6 +1,7 @@
 """The commands. Each is a thin shell around a function that could be called from anywhere.
 
-Exit codes: 0 success, 1 the job failed or the manifest is wrong, 2 wrong usage, 3 time ran out, 4 the cluster said no.
+Exit codes: 0 success, 1 the job failed, the manifest is wrong or not all could be removed, 2 wrong usage, 3 time ran
+out, 4 the cluster said no.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ def main(context: click.Context, /, kubeconfig: str | None, kube_context: str | 
     finetune watch NAME            follow it live
     finetune local run job.yaml    do it all on this machine, without a cluster
 
-    Exit codes: 0 success, 1 the job failed or the manifest is wrong, 2 wrong usage, 3 time ran out, 4 the cluster
-    said no.
+    Exit codes: 0 success, 1 the job failed, the manifest is wrong or not all could be removed, 2 wrong usage, 3 time
+    ran out, 4 the cluster said no.
     """
     context.obj = Target(kubeconfig, kube_context, namespace)
 

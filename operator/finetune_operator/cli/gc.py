@@ -43,6 +43,8 @@ WORK_FILE = re.compile(
 _UID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _CANDIDATE = re.compile(rf"((?:.*?/)?({_UID}))/(?:prepare|evaluation|train|export)/")
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
+MOST_OWNER = 4096
+"""Bytes; a larger file names no owner."""
 MOST_PROBLEMS = 10
 """Problems of one folder that are printed; they tend to be the same."""
 
@@ -90,6 +92,8 @@ class Contents:
     size: int = 0
     newest: datetime = _LONG_AGO
     uploads: list[Upload] = field(default_factory=list)
+    manifests: list[str] = field(default_factory=list)
+    """Keys of what makes checkpoints and results complete; a few in each attempt."""
     foreign: str | None = None
     """The first file that is no work file."""
     owner: JobIdentity | None = None
@@ -124,7 +128,9 @@ def look(place: Place) -> Contents:
         contents.count += 1
         contents.size += item.size
         contents.newest = max(contents.newest, item.modified)
-        owned = owned or name == OWNER_FILE
+        owned = owned or (name == OWNER_FILE and item.size <= MOST_OWNER)
+        if name.endswith("/manifest.json"):
+            contents.manifests.append(item.key)
         if not WORK_FILE.fullmatch(name):
             contents.foreign = contents.foreign or name
     contents.newest = max([contents.newest, *(upload.started for upload in contents.uploads)])
@@ -174,20 +180,20 @@ def judge(place: Place, contents: Contents, jobs: Iterable[KnownJob], rules: Rul
     )
 
 
-def remove(place: Place) -> Iterator[str]:
+def remove(place: Place, contents: Contents) -> Iterator[str]:
     """Delete a folder of work files; yields a message for each file that is still there.
 
     Manifests go first, so that a run that breaks off leaves nothing that looks complete; the owner goes last, so that
     the next run knows what is left.
     """
-
-    def names(first: bool) -> Iterator[str]:
-        for item in place.store.objects(place.key):
-            name = item.key.removeprefix(f"{place.key}/")
-            if WORK_FILE.fullmatch(name) and name != OWNER_FILE and name.endswith("/manifest.json") is first:
-                yield item.key
-
-    for keys in (names(first=True), names(first=False), [f"{place.key}/{OWNER_FILE}"]):
+    owner = f"{place.key}/{OWNER_FILE}"
+    rest = (
+        item.key
+        for item in place.store.objects(place.key)
+        # What somebody has put there since the first look is not ours either.
+        if item.key != owner and WORK_FILE.fullmatch(item.key.removeprefix(f"{place.key}/"))
+    )
+    for keys in (contents.manifests, rest, [owner]):
         problems = 0
         for problem in place.store.delete(keys):
             problems += 1
@@ -301,7 +307,7 @@ class Sweep:
         if contents.uploads:
             facts.append(f"{len(verdict.uploads)} of {_count(len(contents.uploads), 'upload')} to abort")
         word = "remove" if verdict.remove else "keep"
-        click.echo(f"{word:<7} {place.uid}  {owner or '?'}  {', '.join(facts)}  ({verdict.why})  {place.uri}")
+        _say(f"{word:<7} {place.uid}  {owner or '?'}  {', '.join(facts)}  ({verdict.why})  {place.uri}")
         if self.yes:
             for upload in verdict.uploads:
                 place.store.abort(upload)
@@ -309,7 +315,7 @@ class Sweep:
         if not verdict.remove:
             return
         problems = 0
-        for problem in remove(place) if self.yes else ():
+        for problem in remove(place, contents) if self.yes else ():
             problems += 1
             if problems <= MOST_PROBLEMS:
                 self._trouble(problem)
@@ -321,8 +327,13 @@ class Sweep:
             self.size += contents.size
 
     def _trouble(self, message: str) -> None:
-        click.echo(f"error: {message}", err=True)
+        _say(f"error: {message}", err=True)
         self.troubled = True
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print what has names from storage in it, where anybody may have written; a terminal obeys some characters."""
+    click.echo("".join(letter if letter.isprintable() else "?" for letter in text), err=err)
 
 
 def _count(number: int, word: str) -> str:
