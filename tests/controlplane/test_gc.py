@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_thousands_of_files(aging_lab: Lab, s3rver_folder: Path) -> None:
     for number in range(2500):
         (folder / f"shard-{number:04}._S3rver_object").write_bytes(b"1234")
     # More than two listings hold, and they are deleted while they are listed.
-    assert "removed 2511 files (12.0 KiB) of 1 job" in lab.gc(*NOW)
+    assert "removed 2511 files (11.9 KiB) of 1 job" in lab.gc(*NOW)
     assert lab.listing() == ["bot/manifest.json", "bot/model.safetensors"]
 
 
@@ -441,6 +442,23 @@ class TestTrouble:
         said = lab.gc(f"s3://{lab.bucket}", "--endpoint", lab.endpoint, *NOW, code=1)
         assert "AccessDenied" in said
         assert lab.listing() == before
+
+    def test_young_uploads_stay_and_long_lists_are_read_to_their_end(self, lab: Lab, proxy: Proxy) -> None:
+        uid = lab.over("bot")
+        old, young = (f"bot/.finetune/{uid}/train/{attempt}/final/model.safetensors" for attempt in (1, 2))
+        lab.begin_upload(old)
+        # moto says that every upload began in 2010, and has one page of them.
+        page = (
+            "<ListMultipartUploadsResult><IsTruncated>true</IsTruncated><NextKeyMarker>k</NextKeyMarker>"
+            f"<NextUploadIdMarker>u</NextUploadIdMarker><Upload><Key>{young}</Key><UploadId>u</UploadId>"
+            f"<Initiated>{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.000Z}</Initiated></Upload></ListMultipartUploadsResult>"
+        )
+        first = Fault(lambda request: request.query.startswith("uploads"), times=1, answer=(200, page.encode()))
+        proxy.faults = [first]
+        said = lab.gc("--keep-days", "1", "--yes")
+        assert "1 of 2 uploads to abort" in lines(said)[uid]
+        assert lab.uploads() == []
+        assert [request.path for request in proxy.requests if request.method == "DELETE"] == [f"/{lab.bucket}/{old}"]
 
     def test_a_server_that_stumbles_is_asked_again(self, lab: Lab, proxy: Proxy) -> None:
         lab.over("bot")
