@@ -356,6 +356,10 @@ class TestJobsThatAreGone:
         lab.fill(f"a/.finetune/{used}", used)
         lab.job("second", model={"uri": f"s3://{lab.bucket}/a/.finetune/{used}/train/1/final"})
         lab.fill(f"copies/{complete}", complete)
+        nested = str(uuid.uuid4())
+        lab.fill(f"a/.finetune/{nested}", nested)
+        inside = f"s3://{lab.bucket}/a/.finetune/{nested}/train/1/final/merged"
+        lab.job("third", "Complete", output={"uri": inside})
         broken = str(uuid.uuid4())
         lab.fill(f"a/.finetune/{broken}", None)
         lab.put(f"a/.finetune/{broken}/prepare/job.json", b"{")
@@ -369,6 +373,7 @@ class TestJobsThatAreGone:
         assert why[unproven] == why[broken] == no_owner
         assert why[mistaken] == "prepare/job.json names another job"
         assert why[foreign] == "train/1/thesis/chapter.tex is no work file"
+        assert why[nested] == f"job {lab.namespace}/third uses it"
         assert why[used] == f"job {lab.namespace}/second uses it"
         assert "(train/?[2J1.jpg is no work file)" in said
         # The one job that is over, in its own place.

@@ -67,6 +67,16 @@ class KnownJob:
         return None if self.job.spec is None else commands._ended(self.job)
 
     @property
+    def work_files(self) -> str:
+        """URI of its folder; empty when its spec cannot be read."""
+        return str(parse(work_uri(self.job.uid, self.job.spec))) if self.job.spec else ""
+
+    def uses(self, uid: str) -> bool:
+        """Whether it reads from the folder of another job, or has published its model there."""
+        published = self.job.spec.output.uri if self.job.spec else ""
+        return uid in (published if self.ended else self.mentions)
+
+    @property
     def name(self) -> str:
         return f"{self.job.namespace}/{self.job.name}"
 
@@ -148,11 +158,11 @@ def judge(place: Place, contents: Contents, jobs: Iterable[KnownJob], rules: Rul
     for other in jobs:
         if other.job.uid == place.uid:
             known = other
-        elif other.ended is None and place.uid in other.mentions:
+        elif other.uses(place.uid):
             return Verdict(False, f"job {other.name} uses it")
     if known is not None and known.ended is None:
         return Verdict(False, f"the job is not over: {known.job.status.phase or 'Pending'}")
-    if known is not None and (known.job.spec is None or work_uri(place.uid, known.job.spec) != place.uri):
+    if known is not None and known.work_files != place.uri:
         return Verdict(False, "the job's work files are elsewhere; this is a copy")
     if contents.foreign:
         return Verdict(False, f"{contents.foreign} is no work file")
@@ -216,7 +226,7 @@ def places_of(jobs: Iterable[KnownJob], access: Access) -> Iterator[Place]:
                 key_id=access.key_id,
                 secret=access.secret,
             )
-            store, key = open_store(work_uri(known.job.uid, known.job.spec), own)
+            store, key = open_store(known.work_files, own)
             yield Place(store, key, known.job.uid)
 
 
