@@ -48,6 +48,8 @@ ENV_POD_IP = "POD_IP"
 ENV_NODE_NAME = "NODE_NAME"
 ENV_CA_BUNDLE = "FINETUNE_CA_BUNDLE"
 ENV_MODEL_CACHE = "FINETUNE_MODEL_CACHE"
+OWNER_FILE = "prepare/job.json"
+"""Names the job that a folder of work files belongs to, as a `JobIdentity`: first there, and the last to go."""
 
 
 def child_name(job_name: str, stage: Stage, attempt: int) -> str:

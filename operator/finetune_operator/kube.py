@@ -116,6 +116,11 @@ class Kube:
         self._limiter = limiter
         self._retries = retries
 
+    @property
+    def server(self) -> str:
+        """URL of the API server."""
+        return str(self._api.configuration.host)
+
     async def get(self, kind: Kind, namespace: str, name: str, subresource: str = "") -> dict[str, Any] | None:
         """The object, or None when it does not exist."""
         try:

@@ -103,6 +103,25 @@ def test_a_job_is_run_to_its_end_and_is_still_there(state: Path) -> None:
     assert "AlreadyPublished" in replaced.stdout or "holds the verified result" in replaced.stdout
 
 
+def test_work_files_go_and_the_model_stays(state: Path) -> None:
+    job = yaml.safe_load(spec("tidy", 4))
+    job["spec"]["checkpoint"] = {"everySteps": 2}
+    assert local(state, "run", "-", stdin=yaml.safe_dump(job)).returncode == 0
+    model = state / "s3/models/out/tidy"
+    (work,) = (model / ".finetune").iterdir()
+    published = {path for path in model.rglob("*") if not path.is_relative_to(work)}
+    assert json.loads((work / "prepare/job.json").read_text())["uid"] == work.name
+    assert (work / "train/1/checkpoints").is_dir()
+    said = local(state, "gc", "--keep-days", "0").stdout
+    # Each file that a stage has written is known as one.
+    assert f"remove  {work.name}  default/tidy" in said
+    assert work.exists()
+    done = local(state, "gc", "--keep-days", "0", "--yes", "s3://models/out/tidy")
+    assert done.returncode == 0, done.stderr
+    assert not work.exists()
+    assert set(model.rglob("*")) | {work.parent} == published
+
+
 def test_a_job_that_fails_ends_with_1(state: Path) -> None:
     body = yaml.safe_load(spec("failing", 4))
     body["spec"]["model"]["uri"] = "s3://models/nowhere"

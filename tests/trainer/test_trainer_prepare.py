@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from trainer_lab import Bucket, TestJob, as_json_lines, save_tiny_model, short_rows
 
 from finetune_api.failures import FailureClass, JobError
+from finetune_api.names import OWNER_FILE
 from finetune_api.report import Report
 from finetune_api.spec import Adapter, AdapterType, LoRA
 from finetune_trainer import layout
@@ -81,10 +82,15 @@ class TestGoodJob:
         # And the weights themselves were not fetched.
         assert not (job.disk("prepare").base / "model.safetensors").exists()
 
-    def test_nothing_is_left_but_what_later_stages_read(self, job: TestJob) -> None:
+    def test_nothing_is_left_but_what_later_stages_read_and_whose_it_is(self, job: TestJob) -> None:
         assert job.bucket.keys(f"{job.output}/") == [
-            f"{job.work}/prepare/{name}" for name in ("plan.json", "train.arrow", "validation.arrow")
+            f"{job.work}/prepare/{name}" for name in ("job.json", "plan.json", "train.arrow", "validation.arrow")
         ]
+        assert job.bucket.json(f"{job.work}/{OWNER_FILE}") == {
+            "namespace": "team-a",
+            "name": "ticket-bot",
+            "uid": job.uid,
+        }
 
     def test_a_restart_finds_the_plan(self, job: TestJob, monkeypatch: pytest.MonkeyPatch) -> None:
         before = job.bucket.get(f"{job.work}/{layout.PLAN}")
@@ -208,7 +214,7 @@ class TestData:
             "turn, 1 x not JSON, 1 x is longer than 512 tokens (dataset.maxLength). Mend them, or set "
             "dataset.invalidRows.policy to Skip."
         )
-        assert job.bucket.keys(f"{job.work}/") == []
+        assert job.bucket.keys(f"{job.work}/") == [f"{job.work}/{OWNER_FILE}"]
 
     @pytest.mark.parametrize(("limit", "fits"), [(2, True), (1, False)])
     def test_skipped_rows_are_counted(self, make_job: MakeJob, inputs: Bucket, limit: int, fits: bool) -> None:
@@ -429,7 +435,7 @@ def test_bad_models(make_job: MakeJob, inputs: Bucket, tiny_model: Path, tmp_pat
     error = failure(job)
     assert error.failure_class is FailureClass.MODEL_ERROR
     assert all(word in error.message for word in words), error.message
-    assert job.bucket.keys(f"{job.work}/") == []
+    assert job.bucket.keys(f"{job.work}/") == [f"{job.work}/{OWNER_FILE}"]
 
 
 def test_a_missing_model(make_job: MakeJob, inputs: Bucket) -> None:

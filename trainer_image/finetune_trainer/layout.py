@@ -1,10 +1,13 @@
 """Names of the work files below `document.work_uri`, and of the files a pod keeps on its own disk.
 
+prepare/job.json                          names the job that all this belongs to
 prepare/plan.json, train.arrow, validation.arrow
 evaluation/base.json                      measured once, never overwritten
 train/<attempt>/checkpoints/<step>/…      manifest.json last
 train/<attempt>/final/…                   manifest.json last
 <stage>/<attempt>/report.json, log.txt
+
+`finetune gc` removes only what has one of these names: finetune_operator/cli/gc.py knows them, too.
 """
 
 from __future__ import annotations

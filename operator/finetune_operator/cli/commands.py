@@ -1,6 +1,7 @@
 """The commands. Each is a thin shell around a function that could be called from anywhere.
 
-Exit codes: 0 success, 1 the job failed or the manifest is wrong, 2 wrong usage, 3 time ran out, 4 the cluster said no.
+Exit codes: 0 success, 1 the job failed, the manifest is wrong or not all could be removed, 2 wrong usage, 3 time ran
+out, 4 the cluster said no.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import aiohttp
 import click
@@ -30,6 +31,8 @@ from finetune_operator.cli.validation import Verdict, check, validate
 from finetune_operator.kube import FINETUNE_JOBS, PODS, ApiError, Kube, load_client_of_user
 from finetune_operator.observe import read_pods
 from finetune_operator.resource import FineTuneJob
+
+T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_TIMEOUT = 3
@@ -72,8 +75,13 @@ async def connect(target: Target) -> AsyncIterator[tuple[Kube, str]]:
 
 def run(work: Awaitable[int]) -> None:
     """Run an asynchronous command and exit with its code."""
+    sys.exit(result_of(work))
 
-    async def main() -> int:
+
+def result_of(work: Awaitable[T]) -> T:
+    """The result of asynchronous work. Where there is none, exit with a message and the code that says why."""
+
+    async def main() -> T:
         # Stopped politely, it puts away what it has started, as after Ctrl-C.
         task = asyncio.current_task()
         assert task is not None
@@ -81,7 +89,7 @@ def run(work: Awaitable[int]) -> None:
         return await work
 
     try:
-        sys.exit(asyncio.run(main()))
+        return asyncio.run(main())
     except Stop as stop:
         click.echo(f"error: {stop}", err=True)
         sys.exit(stop.code)
@@ -112,8 +120,8 @@ def main(context: click.Context, /, kubeconfig: str | None, kube_context: str | 
     finetune watch NAME            follow it live
     finetune local run job.yaml    do it all on this machine, without a cluster
 
-    Exit codes: 0 success, 1 the job failed or the manifest is wrong, 2 wrong usage, 3 time ran out, 4 the cluster
-    said no.
+    Exit codes: 0 success, 1 the job failed, the manifest is wrong or not all could be removed, 2 wrong usage, 3 time
+    ran out, 4 the cluster said no.
     """
     context.obj = Target(kubeconfig, kube_context, namespace)
 
@@ -422,4 +430,12 @@ def _local() -> None:
         main.add_command(local)
 
 
+def _gc() -> None:
+    """The command is in a module of its own, which uses this one."""
+    from finetune_operator.cli.gc import gc_command
+
+    main.add_command(gc_command)
+
+
+_gc()
 _local()

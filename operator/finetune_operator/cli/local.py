@@ -13,8 +13,9 @@ from typing import TextIO
 import click
 
 from finetune_api import uri
-from finetune_operator.cli import commands
+from finetune_operator.cli import commands, gc
 from finetune_operator.cli.commands import Stop, Target, connect
+from finetune_operator.cli.storage import Access, StorageError
 from finetune_operator.kube import FINETUNE_JOBS, ApiError, Kube
 from finetune_operator.local import stack
 from finetune_operator.local.stack import Stack, StackError
@@ -230,3 +231,26 @@ def _files(source: Path, prefix: str) -> list[tuple[Path, str]]:
         found = sorted(path for path in source.rglob("*") if path.is_file())
         return [(path, f"{prefix}/{path.relative_to(source).as_posix()}") for path in found]
     raise Stop(f"{source} does not exist", commands.EXIT_FAILED)
+
+
+@local.command("gc")
+@gc.pass_rules
+@state_option
+def gc_command(uri: str | None, state: Path, yes: bool, rules: gc.Rules) -> None:
+    """Remove the work files of jobs that are over, as `finetune gc` does, from the local buckets.
+
+    Without URI: of the jobs that the local cluster has. With s3://BUCKET/PATH: also of jobs that no longer exist.
+    """
+
+    async def work() -> int:
+        async with using(state) as started:
+            access = Access(started.s3_endpoint, "us-east-1", True, started.access_key, started.secret_key)
+            try:
+                places = await asyncio.to_thread(gc.places_below, uri, access) if uri else None
+            except StorageError as error:
+                raise Stop(str(error), commands.EXIT_FAILED) from error
+            jobs, _ = await gc.known_jobs(Target(started.kubeconfig, None, None), everywhere=True)
+            sweep = gc.Sweep(jobs, rules, yes)
+            return await asyncio.to_thread(sweep.run, gc.places_of(jobs, access) if places is None else places)
+
+    commands.run(work())

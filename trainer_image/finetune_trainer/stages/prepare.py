@@ -15,6 +15,7 @@ from pathlib import Path
 
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
+from finetune_api.names import OWNER_FILE
 from finetune_api.spec import AdapterType, Artifact, DataFile, Dataset, OutputDtype
 from finetune_api.status import DatasetResult
 from finetune_trainer import layout
@@ -49,6 +50,8 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
     work = open_folder(document.work_uri, document.storage)
     output = open_folder(spec.output.uri, document.storage)
     _probe_writing(work, PROBE)
+    # Whoever cleans up later can tell whose files these are, also when the job is gone.
+    work.write(OWNER_FILE, document.job.model_dump_json(by_alias=True).encode())
     if document.spec.storage.work_uri is not None:
         # Else the work files are below the output.
         _probe_writing(output, OUTPUT_PROBE)
