@@ -120,11 +120,20 @@ def structural_schema(schema: dict[str, Any], *, defaults: bool = True) -> dict[
         if isinstance(node.get("additionalProperties"), dict):
             result["additionalProperties"] = convert(node["additionalProperties"])
         if result.get("default") is not None and result["type"] == "object":
-            # Kubernetes fills the defaults of the fields of a defaulted object, so that {} says it all.
-            result["default"] = {}
+            # Kubernetes fills the defaults of the fields of a defaulted object, so that {} says it all; but it asks the
+            # rules of an object about its default before that.
+            rules = "x-kubernetes-validations" in result
+            result["default"] = _given(result["default"]) if rules else {}
         return result
 
     return convert(schema)
+
+
+def _given(value: Any) -> Any:
+    """A default without what is absent in it."""
+    if isinstance(value, dict):
+        return {key: _given(inner) for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _merged(node: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api import crd
 from finetune_operator.schema import (
     ErrorType,
     FieldError,
@@ -325,3 +326,23 @@ def test_nothing_is_changed_in_place() -> None:
     engine.pruned(obj)
     engine.validate(obj, obj)
     assert obj == before
+
+
+def test_defaults_pass_the_rules_as_they_are_written() -> None:
+    """An API server asks the rules of an object about its default before it fills in the defaults of its fields, and
+    refuses the whole definition otherwise."""
+    root = crd.build()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    asked = []
+
+    def walk(path: str, node: dict[str, Any]) -> None:
+        if node.get("default") is not None and "x-kubernetes-validations" in node:
+            asked.append(path)
+            plain = {key: value for key, value in node.items() if key != "default"}
+            assert schema(x=plain).validate({"spec": {"x": node["default"]}}) == [], path
+        for name, child in (node.get("properties") or {}).items():
+            walk(f"{path}.{name}", child)
+        if "items" in node:
+            walk(f"{path}[]", node["items"])
+
+    walk("", root)
+    assert {".spec.resources", ".spec.method.adapter"} <= set(asked)
