@@ -42,7 +42,7 @@ def test_apply_create_unchanged_configure(kubectl: Kubectl) -> None:
     body["spec"]["failurePolicy"] = {"maxRestarts": 7}
     assert apply(kubectl, body) == "finetunejob.finetune.dev/support-bot configured\n"
     assert kubectl.run("get", "ftj", "support-bot", "-o", "jsonpath={.spec.failurePolicy}") == (
-        '{"backoffSeconds":30,"maxRestarts":7}'
+        '{"backoffSeconds":30,"maxRestarts":7,"rules":[]}'
     )
     assert kubectl.run("diff", "-f", "-", stdin=json.dumps(body)) == ""
 

@@ -121,7 +121,7 @@ def test_a_job_is_done_once_on_a_bad_line(
         eventually(lambda: len(happened) == 6, 60, lambda: f"{happened} {operator.log()}")
     created = [event["object"]["metadata"]["name"] for event in watched.events if event["type"] == "ADDED"]
     assert sorted(created) == [f"bot-{stage}-1" for stage in sorted(STAGES)]
-    assert job.status()["restarts"] == {"charged": 0, "preemptions": 0}
+    assert job.status()["restarts"] == {"charged": 0, "preemptions": 0, "outOfMemory": 0}
     assert "failure" not in job.status()
 
 
@@ -149,7 +149,7 @@ def test_a_job_is_done_once_when_no_write_is_ever_answered(
         job.until(120, phase="Succeeded")
     created = [event["object"]["metadata"]["name"] for event in watched.events if event["type"] == "ADDED"]
     assert sorted(created) == [f"bot-{stage}-1" for stage in sorted(STAGES)]
-    assert job.status()["restarts"] == {"charged": 0, "preemptions": 0}
+    assert job.status()["restarts"] == {"charged": 0, "preemptions": 0, "outOfMemory": 0}
     assert answers[201] >= 6, "each ConfigMap and each Job"
     assert answers[409] >= 3, "each ConfigMap again, for want of an answer"
     assert "Traceback" not in operator.log(), "a bad line is no bug of ours"
