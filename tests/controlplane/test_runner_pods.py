@@ -537,6 +537,8 @@ def job_pod(script: str, **spec: Any) -> dict[str, Any]:
     assert job.spec is not None, job.spec_problem
     built: dict[str, Any] = children.build(job, job.spec, Stage.PREPARE, 1, Settings())[1]["spec"]["template"]["spec"]
     built["containers"][0]["command"] = ["sh", "-c", script]
+    # The operator's name for it ends with a digest of its content.
+    built["volumes"][0]["configMap"]["name"] = "bot-prepare-1"
     return built
 
 
