@@ -90,8 +90,11 @@ class World:
         self.skew = 0.0
         """Seconds by which the operator's clock is ahead of the cluster's."""
         self.lost_nodes: set[str] = set()
+        self.ever_lost: set[str] = set()
         self.ran: dict[str, float] = {}
-        """Seconds that pods ran, by the uid of the FineTuneJob."""
+        """Seconds that pods ran as far as their Jobs can tell, by the uid of the FineTuneJob."""
+        self.surely_ran: dict[str, float] = {}
+        """Seconds that containers ran on nodes that are there, by the same."""
         self.writes: list[str] = []
         """What the operator wrote, for people."""
         self.fault: Fault | None = None
@@ -246,15 +249,13 @@ class World:
         for pod in self.pods():
             # Until the Job controller has seen that a pod has ended, it ran for all that the cluster will remember.
             phase = pod["status"]["phase"]
-            counts = phase == "Running" or (phase != "Pending" and not self._ended(pod))
+            began = "containerStatuses" in pod["status"]
+            counts = phase == "Running" or (began and not self._ended(pod))
+            uid = pod["trainer"]["uid"]
             if counts:
-                uid = pod["trainer"]["uid"]
-                ran = seconds
-                if pod["spec"]["nodeName"] in self.lost_nodes:
-                    # Nobody can tell how long it ran; it should have ended by then.
-                    until = parse_time(pod["metadata"]["deletionTimestamp"])
-                    ran = max(0.0, min(seconds, (until - self.now).total_seconds()))
-                self.ran[uid] = self.ran.get(uid, 0.0) + ran
+                self.ran[uid] = self.ran.get(uid, 0.0) + seconds
+            if phase == "Running" and pod["spec"]["nodeName"] not in self.lost_nodes:
+                self.surely_ran[uid] = self.surely_ran.get(uid, 0.0) + seconds
         self.now += timedelta(seconds=seconds)
 
     # People
@@ -501,6 +502,7 @@ class World:
     def lose_node(self, pod: Object) -> None:
         """The machine is gone, and after a while the cluster gives its pods up."""
         self.lost_nodes.add(pod["spec"]["nodeName"])
+        self.ever_lost.add(pod["spec"]["nodeName"])
         self.stop(pod, disrupted=True)
 
     def drop_finished_pods(self) -> None:
