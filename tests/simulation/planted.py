@@ -127,10 +127,6 @@ def no_time_is_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(status.Draft, "_account", free)
 
 
-def no_deadline_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(plan._Stage, "_overdue", lambda *_: None)
-
-
 def no_job_expires(patch: pytest.MonkeyPatch) -> None:
     end = plan._after_the_end
     patch.setattr(plan, "_after_the_end", lambda *arguments: replace(end(*arguments), expired=False))
@@ -145,20 +141,6 @@ def nothing_is_learnt_from_reports(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(status.Draft, "learn", lambda *_: None)
 
 
-def a_document_is_taken_by_its_name(patch: pytest.MonkeyPatch) -> None:
-    build = children.build
-
-    def unnamed(job: Any, spec: Any, stage: Any, attempt: int, settings: Any) -> Any:
-        config_map, child = build(job, spec, stage, attempt, settings)
-        name = child["metadata"]["name"]
-        config_map["metadata"]["name"] = name
-        (volume,) = [v for v in child["spec"]["template"]["spec"]["volumes"] if v["name"] == "document"]
-        volume["configMap"]["name"] = name
-        return config_map, child
-
-    patch.setattr(children, "build", unnamed)
-
-
 BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_restart_is_not_counted,
     preemptions_are_charged_beyond_the_limit,
@@ -171,9 +153,7 @@ BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_lost_node_is_believed_too_early,
     nothing_is_deleted_after_the_end,
     no_time_is_counted,
-    no_deadline_is_kept,
     no_job_expires,
     a_job_expires_at_once,
     nothing_is_learnt_from_reports,
-    a_document_is_taken_by_its_name,
 ]
