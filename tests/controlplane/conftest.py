@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 from api_client import Client, eventually
+from finetune_job import Job
+from operator_process import OperatorProcess
+from scripted import ScriptedKubelet
 
 from finetune_api import crd
 from finetune_operator.local.cluster import LocalCluster
@@ -201,3 +204,21 @@ def kubectl(request: pytest.FixtureRequest, kubectl_program: str, namespace: str
     """Stock kubectl in the test's namespace."""
     target = target_of(request)
     return Kubectl(kubectl_program, target.kubeconfig, namespace)
+
+
+@pytest.fixture
+def job(scripted_server: TestServer, namespace: str) -> Job:
+    return Job(scripted_server.client, namespace)
+
+
+@pytest.fixture
+def kubelet(scripted_server: TestServer, namespace: str) -> ScriptedKubelet:
+    return ScriptedKubelet(scripted_server.client, namespace)
+
+
+@pytest.fixture
+def operator(scripted_server: TestServer, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
+    process = OperatorProcess(scripted_server.kubeconfig, namespace, tmp_path / "operator.log")
+    process.start()
+    yield process
+    process.close()

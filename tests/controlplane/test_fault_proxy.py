@@ -17,9 +17,9 @@ from aiohttp import web
 from api_client import eventually
 from conftest import TestServer
 from fault_proxy import Exchange, Fault, FaultProxy, fault_proxy
+from finetune_job import STAGES, Job, play
 from operator_process import OperatorProcess
 from scripted import ScriptedKubelet
-from test_operator_life import STAGES, Job, play
 
 Start = Callable[[Fault], OperatorProcess]
 
@@ -45,16 +45,6 @@ def start(proxy: FaultProxy, namespace: str, tmp_path: Path) -> Iterator[Start]:
             return operator
 
         yield start
-
-
-@pytest.fixture
-def job(scripted_server: TestServer, namespace: str) -> Job:
-    return Job(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def kubelet(scripted_server: TestServer, namespace: str) -> ScriptedKubelet:
-    return ScriptedKubelet(scripted_server.client, namespace)
 
 
 def refused(code: int, **headers: str) -> web.Response:

@@ -15,9 +15,9 @@ from aiohttp import web
 from api_client import eventually
 from conftest import TestServer
 from fault_proxy import Exchange, FaultProxy, down, fault_proxy
+from finetune_job import STAGES, Job, play
 from operator_process import OperatorProcess
 from scripted import ScriptedKubelet
-from test_operator_life import STAGES, Job, play
 
 LEASE = "finetune-operator"
 
@@ -86,16 +86,6 @@ def start(scripted_server: TestServer, namespace: str, tmp_path: Path) -> Iterat
             return Replicas(scripted_server, namespace, both)
 
         yield start
-
-
-@pytest.fixture
-def job(scripted_server: TestServer, namespace: str) -> Job:
-    return Job(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def kubelet(scripted_server: TestServer, namespace: str) -> ScriptedKubelet:
-    return ScriptedKubelet(scripted_server.client, namespace)
 
 
 def test_one_works_and_the_other_only_reads_the_lease(start: Start, job: Job, kubelet: ScriptedKubelet) -> None:

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from api_client import eventually
 from conftest import Kubectl, TestServer
+from finetune_job import STAGES, Job, play, play_before
 from operator_process import OperatorProcess
 from scripted import ScriptedKubelet, agent
-from test_operator_life import STAGES, Job, play, play_before
 
 from finetune_api.failures import FailureClass, exit_code_of
 from finetune_api.report import StepProgress
 from finetune_api.status import CheckpointResult
-
-
-@pytest.fixture
-def job(scripted_server: TestServer, namespace: str) -> Job:
-    return Job(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def kubelet(scripted_server: TestServer, namespace: str) -> ScriptedKubelet:
-    return ScriptedKubelet(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def operator(scripted_server: TestServer, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    process = OperatorProcess(scripted_server.kubeconfig, namespace, tmp_path / "operator.log")
-    process.start()
-    yield process
-    process.close()
 
 
 def stopped(job: Job, kubelet: ScriptedKubelet, pod: dict[str, Any]) -> None:

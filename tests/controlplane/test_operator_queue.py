@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from api_client import Client, eventually
 from conftest import TestServer
+from finetune_job import Job, play
 from operator_process import OperatorProcess
 from scripted import ScriptedKubelet
-from test_operator_life import Job, play
 
 from finetune_api.names import LABEL_QUEUE, LABEL_QUEUED_JOB_UID, LABEL_STAGE
 
@@ -108,24 +106,6 @@ def queue(scripted_server: TestServer, namespace: str) -> Queue:
         assert answer.code in (201, 409), answer.body
     eventually(lambda: client.get(f"{GROUP}/namespaces/{namespace}/workloads").code == 200)
     return Queue(client, namespace)
-
-
-@pytest.fixture
-def job(scripted_server: TestServer, namespace: str) -> Job:
-    return Job(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def kubelet(scripted_server: TestServer, namespace: str) -> ScriptedKubelet:
-    return ScriptedKubelet(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def operator(scripted_server: TestServer, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    process = OperatorProcess(scripted_server.kubeconfig, namespace, tmp_path / "operator.log")
-    process.start()
-    yield process
-    process.close()
 
 
 def message(job: Job) -> str:
