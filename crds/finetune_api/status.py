@@ -74,10 +74,8 @@ class Reason(StrEnum):
     # Validated
     PREPARING = "Preparing"
     VALIDATED = "Validated"
-    INVALID_SPEC = "InvalidSpec"
     # Running
     TRAINING = "Training"
-    STARTING = "Starting"
     WAITING_FOR_POD = "WaitingForPod"
     FINISHED = "Finished"
     RESTARTING = "Restarting"
@@ -93,7 +91,6 @@ class Reason(StrEnum):
     CONTAINER_CONFIG_ERROR = "ContainerConfigError"
     # Checkpointed
     CHECKPOINT_SAVED = "CheckpointSaved"
-    NO_CHECKPOINT_YET = "NoCheckpointYet"
     # ProgressAvailable
     PROGRESS_RECEIVED = "ProgressReceived"
     UNREACHABLE = "Unreachable"
