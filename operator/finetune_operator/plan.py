@@ -430,14 +430,15 @@ class _Stage:
     def _note_overdue(self) -> None:
         attempt = self.draft.attempt_number(self.stage)
         alive = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
-        self.draft.note_overdue(any(pod.delete_by is not None and pod.delete_by < self.now for pod in alive))
+        overdue = any(pod.delete_by is not None and pod.delete_by < self.now for pod in alive)
+        self.draft.note_overdue(overdue and self._report(attempt, None) is None)
 
     def _lost(self, pod: ChildPod) -> bool:
-        """Its node does not say that it has ended, long after it must have, and it does not answer either."""
+        """Its node does not say that it has ended, long after it must have, and it has not answered either."""
         attempt = self.draft.status.attempt
         if pod.finished or pod.delete_by is None or pod.delete_by >= self.now or attempt is None:
             return False
-        if attempt.overdue_time is None or self._report(pod.attempt, None) is not None:
+        if attempt.overdue_time is None:
             return False
         return (self.now - parse_time(attempt.overdue_time)).total_seconds() > NODE_LOST_SECONDS
 
@@ -503,9 +504,11 @@ class _Stage:
             # It waits for a pod of a lost node, or would make another one.
             return self._plan(running=False, delete=(child,), look_again=WAITING_LOOK_SECONDS)
         over = (child is None or child.finished or child.deleting) and all(map(self._lost, pods))
+        if not over:
+            return self._plan(running=bool(pods), look_again=WAITING_LOOK_SECONDS)
         pause = self._pause()
-        if not over or (pause > 0 and not self.spec.suspend):
-            return self._plan(running=bool(pods), look_again=max(pause, 0.5) if over else WAITING_LOOK_SECONDS)
+        if pause > 0 and not self.spec.suspend and self._overdue(None, None) is None:
+            return self._plan(running=bool(pods), look_again=max(pause, 0.5))
         return self._start(attempt + 1)
 
     def _pause(self) -> float:

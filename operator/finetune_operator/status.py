@@ -239,8 +239,8 @@ class Draft:
             self.set(attempt=attempt.model_copy(update={"seen_time": seen}))
 
     def note_overdue(self, overdue: bool) -> None:
-        """The pod of the present attempt should have ended. When that was first seen counts: whose clock said until
-        when it had time is not known."""
+        """The pod of the present attempt should have ended, and is silent. Since when that is seen counts: whose clock
+        said until when it had time is not known."""
         attempt = self.status.attempt
         if attempt is not None and overdue != (attempt.overdue_time is not None):
             self.set(attempt=attempt.model_copy(update={"overdue_time": format_time(self.now) if overdue else None}))

@@ -92,24 +92,23 @@ class Life(RuleBasedStateMachine):
         }
         self.world.apply(self.spec)
         self.attentive = attentive
-        for _ in range(begun):
-            self.everybody_works(succeed=True)
+        self.everybody_works(succeed=True, rounds=begun)
 
     # What happens
 
     @rule()
     def operator_looks(self) -> None:
-        self.world.operate()
+        self._operate()
 
     @precondition(lambda self: not self.attentive)
     @rule(fault=faults)
     def operator_looks_and_something_fails(self, fault: Fault) -> None:
-        self.world.operate(fault)
+        self._operate(fault)
 
     @precondition(lambda self: not self.attentive)
     @rule()
     def operator_looks_and_cannot_reach_the_pod(self) -> None:
-        self.world.operate(unreachable=True)
+        self._operate(unreachable=True)
 
     @precondition(lambda self: not self.attentive)
     @rule(seconds=st.sampled_from([-MAX_SKEW, 0, MAX_SKEW]))
@@ -117,23 +116,24 @@ class Life(RuleBasedStateMachine):
         self.skewed = True
         self.world.skew = seconds
 
-    @rule(succeed=st.booleans())
-    def everybody_works(self, succeed: bool) -> None:
+    @rule(succeed=st.booleans(), rounds=st.integers(1, 4))
+    def everybody_works(self, succeed: bool, rounds: int) -> None:
         """What usually happens between two faults."""
-        self.world.operate()
-        self.world.admit()
-        self.world.control()
-        self.world.collect()
-        self.world.kubelet()
-        for pod in self.world.live_pods():
-            if pod["status"]["phase"] == "Pending":
-                self._start(pod)
-            elif succeed and "deletionTimestamp" not in pod["metadata"]:
-                self.world.train(pod, 4)
-                self.world.succeed(pod)
-        self._sleep(5)
-        self.world.control()
-        self.world.operate()
+        for _ in range(rounds):
+            self._operate()
+            self.world.admit()
+            self.world.control()
+            self.world.collect()
+            self.world.kubelet()
+            for pod in self.world.live_pods():
+                if pod["status"]["phase"] == "Pending":
+                    self._start(pod)
+                elif succeed and "deletionTimestamp" not in pod["metadata"]:
+                    self.world.train(pod, 4)
+                    self.world.succeed(pod)
+            self._sleep(5)
+            self.world.control()
+            self._operate()
 
     @rule()
     def job_controller_works(self) -> None:
@@ -185,7 +185,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def nodes_come_back(self) -> None:
-        self.world.lost_nodes.clear()
+        self.world.nodes_come_back()
 
     @rule(index=index)
     def somebody_deletes_a_child(self, index: int) -> None:
@@ -299,8 +299,7 @@ class Life(RuleBasedStateMachine):
                 self.suspended_at.pop(uid, None)
                 continue
             pods = [pod for pod in self.world.live_pods() if pod["trainer"]["uid"] == uid]
-            # A node that was given up may come back, and its pod then ends a little later.
-            left = [pod for pod in pods if pod["spec"]["nodeName"] not in self.world.ever_lost]
+            left = [pod for pod in pods if not self.world.is_lost(pod)]
             assert not left, "suspended, and a pod is left"
             active = (status.get("usage") or {}).get("activeSeconds", 0)
             assert self.suspended_at.setdefault(uid, active) == active, "the clock runs while the job is suspended"
@@ -324,8 +323,9 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def accounts_are_not_less_than_what_was_seen(self) -> None:
         for uid, status in self._status():
-            if not self.attentive or (status.get("failure") or {}).get("class") == "DeadlineExceeded":
-                continue  # the grace after a deadline is not counted
+            overdue = str((status.get("failure") or {}).get("class")).endswith("DeadlineExceeded")
+            if not self.attentive or overdue:
+                continue  # what a pod does after a deadline is not counted
             attempt, active = status.get("attempt") or {}, (status.get("usage") or {}).get("activeSeconds", 0)
             if attempt.get("startTime") and not attempt.get("endTime"):
                 active += (self.world.now - parse_time(attempt["startTime"])).total_seconds()
@@ -339,7 +339,7 @@ class Life(RuleBasedStateMachine):
             job = self.world.job
             assert job is not None
             limit = job["spec"].get("activeDeadlineSeconds")
-            if not self.attentive or limit is None or status.get("completionTime"):
+            if not self.attentive or limit is None or status.get("completionTime") or status["phase"] == "Suspended":
                 continue
             attempt, active = status.get("attempt") or {}, (status.get("usage") or {}).get("activeSeconds", 0)
             if attempt.get("startTime") and not attempt.get("endTime"):
@@ -358,7 +358,7 @@ class Life(RuleBasedStateMachine):
             assert self.expiring, "a job was deleted before its time"
             return
         over = self._over()
-        self.expiring = over is not None and (self.skewed or over > -LATE_SECONDS)
+        self.expiring = self._may_expire()
         assert not self.attentive or over is None or over < LATE_SECONDS, "a job outlives its time"
 
     def _over(self) -> float | None:
@@ -369,6 +369,10 @@ class Life(RuleBasedStateMachine):
         if ended is None or ttl is None:
             return None
         return (self.world.now - parse_time(ended)).total_seconds() - ttl
+
+    def _may_expire(self) -> bool:
+        over = self._over()
+        return over is not None and (self.skewed or over > -LATE_SECONDS)
 
     @invariant()
     def what_the_pod_says_is_known(self) -> None:
@@ -402,12 +406,14 @@ class Life(RuleBasedStateMachine):
             self._look()
         super().check_invariants(*arguments)  # type: ignore[no-untyped-call]
 
+    def _operate(self, fault: Fault | None = None, *, unreachable: bool = False) -> None:
+        self.expiring = self.expiring or self._may_expire()
+        self.world.operate(fault, unreachable=unreachable)
+
     def _look(self) -> None:
         """Until nothing is to be done at once."""
         for _ in range(20):
-            over = self._over()
-            self.expiring = self.expiring or (over is not None and over > -LATE_SECONDS)
-            self.world.operate()
+            self._operate()
             if self.world.due is None or self.world.due > self.world.now:
                 return
         raise AssertionError("the operator never rests")
@@ -430,7 +436,7 @@ class Life(RuleBasedStateMachine):
         self.world.quota = True
         self.world.webhook_refuses = False
         self.world.skew = 0.0
-        self.world.lost_nodes.clear()
+        self.world.nodes_come_back()
         self.world.edit(suspend=False)
         for _ in range(400):
             if self._is_over():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.stateful import run_state_machine_as_test
 from machine import Life
 from planted import BUGS
@@ -19,6 +20,13 @@ SEED = os.environ.get("SIMULATION_SEED", "1")
 @pytest.fixture(autouse=True)
 def quiet() -> None:
     logging.getLogger("finetune_operator").setLevel(logging.CRITICAL)
+
+
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis also draws constants of all local modules that are loaded, so that the same seed would give other
+    lives after other tests, and in every commit."""
+    monkeypatch.setattr(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None)
 
 
 def profile(runs: int, **changes: object) -> settings:

@@ -89,8 +89,10 @@ class World:
         self.webhook_refuses = False
         self.skew = 0.0
         """Seconds by which the operator's clock is ahead of the cluster's."""
-        self.lost_nodes: set[str] = set()
-        self.ever_lost: set[str] = set()
+        self.lost_nodes: dict[str, datetime] = {}
+        """And since when."""
+        self.given_up: set[str] = set()
+        """Pods of nodes that came back when the operator might have given them up: they end a little later."""
         self.ran: dict[str, float] = {}
         """Seconds that pods ran as far as their Jobs can tell, by the uid of the FineTuneJob."""
         self.surely_ran: dict[str, float] = {}
@@ -240,8 +242,10 @@ class World:
     def is_lost(self, pod: Object) -> bool:
         """Its node is lost for so long that the operator may know it."""
         until = pod["metadata"].get("deletionTimestamp")
-        late = until is not None and (self.now - parse_time(until)).total_seconds() > NODE_LOST_SECONDS
-        return late and pod["spec"]["nodeName"] in self.lost_nodes
+        since = self.lost_nodes.get(pod["spec"]["nodeName"])
+        if until is None or since is None:
+            return pod["metadata"]["name"] in self.given_up
+        return (self.now - max(since, parse_time(until))).total_seconds() > NODE_LOST_SECONDS
 
     # Time
 
@@ -501,9 +505,12 @@ class World:
 
     def lose_node(self, pod: Object) -> None:
         """The machine is gone, and after a while the cluster gives its pods up."""
-        self.lost_nodes.add(pod["spec"]["nodeName"])
-        self.ever_lost.add(pod["spec"]["nodeName"])
+        self.lost_nodes.setdefault(pod["spec"]["nodeName"], self.now)
         self.stop(pod, disrupted=True)
+
+    def nodes_come_back(self) -> None:
+        self.given_up |= {pod["metadata"]["name"] for pod in self.pods() if self.is_lost(pod)}
+        self.lost_nodes.clear()
 
     def drop_finished_pods(self) -> None:
         """Pod objects of ended Jobs go, and their reports with them."""

@@ -226,6 +226,15 @@ class TestClocks:
         story.look(*running(TRAIN, 3))
         assert story.condition("Failed") == ("True", "DeadlineExceeded")
 
+    def test_a_limit_that_is_lowered_in_a_pause_is_kept_at_once(self) -> None:
+        story = Story(failurePolicy={"backoffSeconds": 3600})
+        story.prepared()
+        story.look([exited(TRAIN, 1, 69)], [ended_pod(TRAIN, 1, 69)])
+        assert story.condition("Failed") is None
+        story.body["spec"]["activeDeadlineSeconds"] = 20
+        story.look([exited(TRAIN, 1, 69)])
+        assert story.condition("Failed") == ("True", "DeadlineExceeded")
+
     def test_an_operator_that_was_away_counts_until_the_end_of_the_pod(self) -> None:
         story = Story()
         story.prepared()
@@ -339,6 +348,11 @@ class TestLostNodes:
         for _ in range(10):
             story.look(jobs, pods, live=saved(TRAIN, 1, 0, 40), after=60)
         assert "failure" not in story.body["status"]
+        story.look(jobs, pods, after=1)
+        story.look(jobs, pods, after=NODE_LOST_SECONDS)
+        assert "failure" not in story.body["status"], "it has been silent for a moment only"
+        story.look(jobs, pods, after=1)
+        assert story.body["status"]["failure"]["class"] == "NodeLost"
 
     def test_a_job_that_has_failed_already_does_not_wait_for_the_node(self) -> None:
         story = Story()
