@@ -1,4 +1,5 @@
-"""The objects that carry an attempt: a ConfigMap with the job document, and a Job with one pod. Pure.
+"""The objects that carry an attempt: a ConfigMap with the job document, and a Job with one pod, or with one for each
+node and a Service that gives them host names. Pure.
 
 An existing child is never compared with what is built here: an upgraded operator does not disturb running jobs.
 """
@@ -19,6 +20,7 @@ from finetune_api.names import (
     MANAGER,
     Stage,
     child_name,
+    service_name,
 )
 from finetune_api.spec import AddressingStyle, FineTuneJobSpec
 from finetune_api.uri import join
@@ -29,26 +31,11 @@ from finetune_operator.resource import FineTuneJob
 
 def build(
     job: FineTuneJob, spec: FineTuneJobSpec, stage: Stage, attempt: int, settings: Settings
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ConfigMap and the Job of an attempt, in the order in which they are created."""
+) -> tuple[dict[str, Any], ...]:
+    """What carries an attempt, in the order in which it is created."""
     name = child_name(job.name, stage, attempt)
     document = build_document(job, spec, stage, attempt, settings)
-    metadata = {
-        "name": name,
-        "namespace": job.namespace,
-        "labels": _labels(job, stage, attempt),
-        "ownerReferences": [
-            {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": job.name,
-                "uid": job.uid,
-                "controller": True,
-                # The job's deletion does not wait for its children, and no right on finalizers is needed.
-                "blockOwnerDeletion": False,
-            }
-        ],
-    }
+    metadata = _metadata(job, name, _labels(job, stage, attempt))
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -56,13 +43,15 @@ def build(
         "immutable": True,
         "data": {DOCUMENT_FILE: document.model_dump_json(by_alias=True, exclude_none=True, indent=1)},
     }
-    return config_map, {
+    nodes = spec.resources.nodes if stage is Stage.TRAIN else 1
+    services = (build_service(job),) if nodes > 1 else ()
+    child = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": metadata,
         "spec": {
-            "completions": 1,
-            "parallelism": 1,
+            "completions": nodes,
+            "parallelism": nodes,
             "completionMode": "Indexed",
             # The operator owns retries: a new attempt is a new Job.
             "backoffLimit": 0,
@@ -76,9 +65,47 @@ def build(
             },
             "template": {
                 "metadata": _pod_metadata(spec, _labels(job, stage, attempt)),
-                "spec": pods.build(spec, job.status, stage, name, settings),
+                "spec": pods.build(
+                    spec, job.status, stage, name, settings, service=service_name(job.name) if services else ""
+                ),
             },
         },
+    }
+    return config_map, *services, child
+
+
+def build_service(job: FineTuneJob) -> dict[str, Any]:
+    """What gives the train pods host names. One for all attempts: the names of their pods differ."""
+    labels = {name: value for name, value in _labels(job, Stage.TRAIN, 1).items() if name != LABEL_ATTEMPT}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job, service_name(job.name), labels),
+        "spec": {
+            "clusterIP": "None",
+            # They look for each other before they are ready.
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_JOB_UID: job.uid, LABEL_STAGE: Stage.TRAIN},
+        },
+    }
+
+
+def _metadata(job: FineTuneJob, name: str, labels: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "namespace": job.namespace,
+        "labels": labels,
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": job.name,
+                "uid": job.uid,
+                "controller": True,
+                # The job's deletion does not wait for its children, and no right on finalizers is needed.
+                "blockOwnerDeletion": False,
+            }
+        ],
     }
 
 
@@ -100,6 +127,7 @@ def build_document(
         work_uri=work_uri(job.uid, spec),
         storage=storage_settings(spec, settings),
         processes=max(1, spec.resources.gpus_per_node),
+        nodes=spec.resources.nodes,
         earlier_attempts=earlier,
         trainer_image=pods.image(spec, settings),
         stall_seconds=spec.failure_policy.no_progress_seconds or settings.stall_seconds,

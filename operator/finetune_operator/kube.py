@@ -45,10 +45,11 @@ class Kind:
 JOBS = Kind("batch", "v1", "jobs")
 PODS = Kind("", "v1", "pods")
 CONFIG_MAPS = Kind("", "v1", "configmaps")
+SERVICES = Kind("", "v1", "services")
 EVENTS = Kind("", "v1", "events")
 LEASES = Kind("coordination.k8s.io", "v1", "leases")
 FINETUNE_JOBS = Kind(GROUP, VERSION, PLURAL)
-BY_NAME = {"ConfigMap": CONFIG_MAPS, "Job": JOBS}
+BY_NAME = {"ConfigMap": CONFIG_MAPS, "Service": SERVICES, "Job": JOBS}
 
 
 class ApiError(Exception):

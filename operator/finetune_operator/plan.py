@@ -141,6 +141,8 @@ class _Stage:
             return self._start(1)
         child = self.seen.job(self.stage, attempt)
         pod = self.seen.pod(self.stage, attempt)
+        # Of several pods the last one says whether all run, and since when.
+        last = self.seen.last_pod(self.stage, attempt, child.nodes if child else 1)
         if self.draft.attempt_number(self.stage) != attempt:
             # The Job was created, and the operator died before it could say so.
             self.draft.start(self.stage, attempt)
@@ -148,7 +150,7 @@ class _Stage:
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
-        self._note_start(pod)
+        self._note_start(last)
         self.draft.learn(self._report(attempt, pod))
         if child is not None and child.outcome is Outcome.COMPLETE:
             return self._finish(child, pod)
@@ -156,13 +158,15 @@ class _Stage:
             # Deleted, by this operator to suspend the job, or by somebody.
             return self._failed(attempt, Cause(FailureClass.TERMINATED), pod.ended if pod else None, pod)
         if child.outcome is not Outcome.RUNNING:
-            return self._failed(attempt, cause_of(child), (pod.ended if pod else None) or child.ended, pod)
-        if pod is not None and self._lost(pod):
-            return self._failed(attempt, self._node_lost(pod), pod.delete_by, pod)
+            cause = cause_of(child)
+            culprit = self.seen.pod_named(cause.pod) or pod
+            return self._failed(attempt, cause, (culprit.ended if culprit else None) or child.ended, culprit)
+        if lost := next(filter(self._lost, self.seen.pods_of(self.stage, attempt)), None):
+            return self._failed(attempt, self._node_lost(lost), lost.delete_by, lost)
         if child.ended is not None:
             # It has succeeded, and its controller is about to say so.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
-        if failure := self._overdue(child, pod):
+        if failure := self._overdue(child, last):
             self.draft.set(failure=failure)
             self.draft.end_attempt(AttemptOutcome.FAILED, self.now, failure)
             self.draft.fail(failure)
@@ -171,7 +175,7 @@ class _Stage:
             return self._stop(child)
         if self._stopping:
             self._resumed()
-        return self._wait(child, pod)
+        return self._wait(child, pod, last)
 
     # Starting
 
@@ -300,23 +304,26 @@ class _Stage:
             self.draft.set(start_time=started)
 
     def _report(self, attempt: int, pod: ChildPod | None) -> Report | None:
-        """What this attempt says: its last words, or its live ones. Another pod's words do not count."""
-        report = pod.report if pod is not None and pod.report is not None else self.seen.live
+        """What this attempt says: its last words, or its live ones, which are those of its first pod. Another pod's
+        words do not count."""
+        live = self.seen.live if pod is None or pod.index == 0 else None
+        report = pod.report if pod is not None and pod.report is not None else live
         if report is None:
             return None
         mine = (report.job_uid, report.stage, report.attempt) == (self.draft.job.uid, self.stage, attempt)
         return report if mine else None
 
-    def _wait(self, child: ChildJob, pod: ChildPod | None) -> Plan:
-        if pod is None or pod.started is None:
-            return self._wait_for_pod(child, pod)
+    def _wait(self, child: ChildJob, pod: ChildPod | None, last: ChildPod | None) -> Plan:
+        if pod is None or last is None or last.started is None:
+            return self._wait_for_pod(child, last)
         if not pod.running:
             # The pod has ended, and the Job controller is about to say how.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
         report = self._report(child.attempt, pod)
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"
-            self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in pod {pod.name} ({doing}).")
+            where = f"pod {pod.name}" if child.nodes == 1 else f"{child.nodes} pods, of which {pod.name} is the first"
+            self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in {where} ({doing}).")
             self._watch(report, pod)
         else:
             text = f"{self.stage.capitalize()} attempt {child.attempt} runs in pod {pod.name}"
@@ -354,6 +361,8 @@ class _Stage:
                     reason, message = waiting.for_admission(child.name, self.seen.refusals[0])
         elif pod.waiting is not None:
             reason, message = waiting.for_start(pod, self.stage)
+        if child.nodes > 1 and not child.suspended:
+            message += f" {self._running(child)} of {child.nodes} pods run."
         self._say(status, reason, message)
         return self._plan(
             running=False,
@@ -361,6 +370,9 @@ class _Stage:
             look_again=self._look_by(child, pod, WAITING_LOOK_SECONDS),
             needs_refusals_of=needs,
         )
+
+    def _running(self, child: ChildJob) -> int:
+        return sum(pod.running for pod in self.seen.pods_of(self.stage, child.attempt))
 
     def _lost(self, pod: ChildPod) -> bool:
         """Its node does not say that it has ended, long after it must have."""
@@ -408,15 +420,15 @@ class _Stage:
         return self._plan(running=True, look_again=0.0)
 
     def _failed(self, attempt: int, cause: Cause, at: datetime | None, pod: ChildPod | None) -> Plan:
-        """Record the failure as soon as it is known; what follows from it begins when it is in the status, so that it
-        is counted."""
-        report = self._report(attempt, pod)
+        """Record the failure of a pod as soon as it is known; what follows from it begins when it is in the status, so
+        that it is counted."""
+        report = self._report(attempt, self.seen.pod(self.stage, attempt))
         if self.stage is Stage.TRAIN and report is not None:
             self.draft.progress(report, 0.0, final=True)
         if self._stopping and cause.failure_class in _STOPPED:
             self.draft.end_attempt(AttemptOutcome.SUSPENDED, at)
             return self._plan(running=False, look_again=0.0)
-        self.draft.fail_attempt(cause, at, pod, report)
+        self.draft.fail_attempt(cause, at, pod, self._report(attempt, pod))
         if not self.draft.terminal:
             failure = self.draft.status.failure
             assert failure is not None

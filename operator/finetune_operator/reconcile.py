@@ -135,7 +135,7 @@ class Reconciler:
         live: Report | None = None
         unreachable = ""
         # A pod that was told to stop still speaks while it saves.
-        running = next((pod for pod in pods if pod.running and pod.ip), None)
+        running = next((pod for pod in pods if pod.running and pod.ip and pod.index == 0), None)
         if running is not None:
             live, unreachable = await self._reader.read(running.ip)
         return Observation(jobs, pods, live=live, unreachable=unreachable)
