@@ -159,7 +159,7 @@ class _Stage:
             return self._failed(attempt, Cause(FailureClass.TERMINATED), pod.ended if pod else None, pod)
         if child.outcome is not Outcome.RUNNING:
             cause = cause_of(child)
-            culprit = self.seen.pod_named(cause.pod) or pod
+            culprit = self.seen.pod_named(cause.pod) if child.nodes > 1 and cause.pod else pod
             return self._failed(attempt, cause, (culprit.ended if culprit else None) or child.ended, culprit)
         if lost := next(filter(self._lost, self.seen.pods_of(self.stage, attempt)), None):
             return self._failed(attempt, self._node_lost(lost), lost.delete_by, lost)
@@ -422,13 +422,15 @@ class _Stage:
     def _failed(self, attempt: int, cause: Cause, at: datetime | None, pod: ChildPod | None) -> Plan:
         """Record the failure of a pod as soon as it is known; what follows from it begins when it is in the status, so
         that it is counted."""
+        child = self.seen.job(self.stage, attempt)
         report = self._report(attempt, self.seen.pod(self.stage, attempt))
         if self.stage is Stage.TRAIN and report is not None:
             self.draft.progress(report, 0.0, final=True)
         if self._stopping and cause.failure_class in _STOPPED:
             self.draft.end_attempt(AttemptOutcome.SUSPENDED, at)
             return self._plan(running=False, look_again=0.0)
-        self.draft.fail_attempt(cause, at, pod, self._report(attempt, pod))
+        said = self._report(attempt, pod) if pod is not None or child is None or child.nodes == 1 else None
+        self.draft.fail_attempt(cause, at, pod, said)
         if not self.draft.terminal:
             failure = self.draft.status.failure
             assert failure is not None
