@@ -16,7 +16,7 @@ from test_trainer_agent import HANG, PRELUDE
 from trainer_lab import INJECT, AgentRun, Nodes, TestJob, step_source
 
 from finetune_api.failures import FailureClass
-from finetune_api.report import Outcome, ReportedFailure
+from finetune_api.report import Outcome, ReportedFailure, decode
 from finetune_trainer import bundle
 from finetune_trainer.checkpoints import CheckpointUploader, find
 from finetune_trainer.peers import PATH, Peers
@@ -64,7 +64,8 @@ def failure_of(run: AgentRun) -> ReportedFailure:
 
 def has_ended(run: AgentRun) -> bool:
     """Its work is over, and the pod may still be there."""
-    return run.report.outcome is not Outcome.RUNNING and run.report.log_uri is not None
+    report = decode(run.message)
+    return report is not None and report.outcome is not Outcome.RUNNING and report.log_uri is not None
 
 
 class TestMeeting:
@@ -109,10 +110,10 @@ class TestMeeting:
         assert peers.hear("uid=uid-1&attempt=2&node=2")
         assert peers.missing == [1]
 
-    def test_a_pod_alone_hears_nobody(self, job: TestJob) -> None:
-        run = job.agent("train", environment={"TEST_INJECT": ""})
+    def test_a_pod_alone_hears_nobody(self, nodes: Callable[..., Nodes]) -> None:
+        run = nodes("wait_for(lambda: False)", count=1).start(0)
         run.until(lambda: run.message)
-        status = run.until(lambda: run.get(f"{PATH}?uid=uid-1&attempt=1&node=1")[0])
+        status, _, _ = run.get(f"{PATH}?uid=uid-1&attempt=1&node=1")
         run.kill_all()
         assert status == 404
 
@@ -294,9 +295,7 @@ class TestTraining:
         second.signal(signal.SIGTERM)
         assert second.wait(300) == 75, second.text()
         first.until(lambda: has_ended(first), 300)
-        assert (
-            failure_of(first).message == "The pod was stopped from outside after step 3 of 4; a checkpoint was saved."
-        )
+        assert "after step 3 of 4; a checkpoint was saved" in failure_of(first).message
         first.signal(signal.SIGTERM)
         assert first.wait() == 75
         names = {key.rpartition("/")[2] for key in job.bucket.keys(f"{job.work}/train/1/checkpoints/3/")}

@@ -8,9 +8,12 @@ there.
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 
 from finetune_operator.local.apiserver.store import Object
+
+_HOST = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 
 
 def loopback(seed: str) -> str:
@@ -33,6 +36,6 @@ def named_address(pod: Object) -> str | None:
 def resolved(text: str, pod: Object) -> str:
     """The address, where the text is the name of a pod behind the same Service; else the text itself."""
     host, _, service = text.partition(".")
-    if not host or service != pod["spec"].get("subdomain"):
+    if not _HOST.fullmatch(host) or service != pod["spec"].get("subdomain"):
         return text
     return loopback(f"{pod['metadata']['namespace']}/{text}")
