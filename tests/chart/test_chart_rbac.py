@@ -33,12 +33,18 @@ CODE = Path(handlers.__file__).parent
 VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
 LEASE = "tuner-finetune-operator"
 LONG_AGO = "2026-01-01T00:00:00Z"
-NAMES = ("free", "blocked", "halted", "over")
+NAMES = ("free", "blocked", "halted", "over", "several")
 POSITION = {LABEL_STAGE: "prepare", LABEL_ATTEMPT: "1"}
 OVER = {
     "completionTime": LONG_AGO,
     "conditions": [
         {"type": "Failed", "status": "True", "reason": "UserError", "message": "", "lastTransitionTime": LONG_AGO}
+    ],
+}
+
+PREPARED = {
+    "conditions": [
+        {"type": "Validated", "status": "True", "reason": "Validated", "message": "", "lastTransitionTime": LONG_AGO}
     ],
 }
 
@@ -131,17 +137,20 @@ def calls() -> list[tuple[str, range]]:
 
 
 def jobs_in_all_situations() -> dict[str, Object]:
-    """Objects by path: one job whose way is free, two whose children's names are somebody else's, and one that is over
-    and has left a child."""
+    """Objects by path: one job whose way is free, two whose children's names are somebody else's, one that is over and
+    has left a child, and one that is to train on several nodes."""
     objects: dict[str, Object] = {
         "/api/v1/namespaces/team/configmaps/blocked-prepare-1": {"metadata": {"name": "blocked-prepare-1"}},
+        "/api/v1/namespaces/team/services/several-train": {"metadata": {"name": "several-train"}},
         "/apis/batch/v1/namespaces/team/jobs/halted-prepare-1": {"metadata": {"name": "halted-prepare-1"}},
     }
     child = child_job(Stage.PREPARE)
     child["metadata"] |= {"name": "over-prepare-1", "labels": {LABEL_JOB_UID: f"{UID}-over", **POSITION}}
     objects["/apis/batch/v1/namespaces/team/jobs/over-prepare-1"] = child
     for name in NAMES:
-        job = job_body(OVER if name == "over" else None, ttlSecondsAfterFinished=0)
+        status = {"over": OVER, "several": PREPARED}.get(name)
+        nodes = 2 if name == "several" else 1
+        job = job_body(status, ttlSecondsAfterFinished=0, resources={"nodes": nodes})
         job["metadata"] |= {"name": name, "uid": f"{UID}-{name}"}
         objects[f"/apis/{GROUP}/{VERSION}/namespaces/team/finetunejobs/{name}"] = job
     return objects
