@@ -103,17 +103,18 @@ class TestMeeting:
 
     def test_words_of_another_attempt_do_not_count(self, job: TestJob) -> None:
         peers = Peers(job.document("train", 2, nodes=3), 0, "unused")
-        for query in ("uid=uid-1&attempt=1&node=1", "uid=uid-2&attempt=2&node=1", "uid=uid-1&attempt=2", "node=1", ""):
+        ours = f"uid={job.uid}&attempt=2"
+        for query in (f"uid={job.uid}&attempt=1&node=1", "uid=other&attempt=2&node=1", ours, "node=1", ""):
             assert not peers.hear(query)
-        assert not peers.hear("uid=uid-1&attempt=2&node=3"), "there are three, counted from 0"
+        assert not peers.hear(f"{ours}&node=3"), "there are three, counted from 0"
         assert peers.missing == [1, 2]
-        assert peers.hear("uid=uid-1&attempt=2&node=2")
+        assert peers.hear(f"{ours}&node=2")
         assert peers.missing == [1]
 
-    def test_a_pod_alone_hears_nobody(self, nodes: Callable[..., Nodes]) -> None:
+    def test_a_pod_alone_hears_nobody(self, nodes: Callable[..., Nodes], job: TestJob) -> None:
         run = nodes("wait_for(lambda: False)", count=1).start(0)
         run.until(lambda: run.message)
-        status, _, _ = run.get(f"{PATH}?uid=uid-1&attempt=1&node=1")
+        status, _, _ = run.get(f"{PATH}?uid={job.uid}&attempt=1&node=1")
         run.kill_all()
         assert status == 404
 
