@@ -53,7 +53,9 @@ class JobDocument(ApiModel):
     """Folder of this job's work files; holds the job's uid, so that no two jobs share one."""
     storage: StorageSettings = StorageSettings()
     processes: Annotated[int, Field(ge=1)] = 1
-    """Training processes in the pod: one for each GPU, or one on CPU."""
+    """Training processes in each pod: one for each GPU, or one on CPU."""
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Pods that train together."""
     earlier_attempts: list[int] = []
     """Train: attempts whose checkpoints may be read, newest first. Export: the one attempt to export."""
     trainer_image: str = ""
@@ -67,8 +69,13 @@ class JobDocument(ApiModel):
         return spec_digest(self.spec)
 
     @property
+    def world_size(self) -> int:
+        """Training processes of all pods."""
+        return self.processes * self.nodes
+
+    @property
     def micro_batch_size(self) -> int:
-        return micro_batch_size(self.spec, self.processes, self.micro_batch_limit)
+        return micro_batch_size(self.spec, self.world_size, self.micro_batch_limit)
 
 
 def micro_batch_size(spec: FineTuneJobSpec, processes: int, limit: int | None = None) -> int:

@@ -51,7 +51,20 @@ ENV_MODEL_CACHE = "FINETUNE_MODEL_CACHE"
 OWNER_FILE = "prepare/job.json"
 """Names the job that a folder of work files belongs to, as a `JobIdentity`: first there, and the last to go."""
 
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+"""Annotation in which Kubernetes says which of the pods of a Job this one is."""
+ENV_COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
+"""Variable in which it says it to the pod."""
+ENV_MAIN_ADDRESS = "MASTER_ADDR"
+"""Where the processes of several pods meet: the host name of the first pod. torch reads it, too."""
+ENV_MAIN_PORT = "MASTER_PORT"
+
 
 def child_name(job_name: str, stage: Stage, attempt: int) -> str:
     """Name of the Job and of the ConfigMap of one attempt."""
     return f"{job_name}-{stage}-{attempt}"
+
+
+def service_name(job_name: str) -> str:
+    """Name of the Service through which the train pods of all attempts of a job have host names."""
+    return f"{job_name}-{Stage.TRAIN}"

@@ -348,12 +348,14 @@ class EnvironmentSource(ApiModel):
 
 OWN_VARIABLES = (
     *("HOME", "POD_NAME", "POD_IP", "NODE_NAME", "PYTHONUNBUFFERED"),
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    "JOB_COMPLETION_INDEX",
     # With these a pod would see GPUs that it did not ask for, or none.
     *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"),
     *("AMD_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
 )
-"""Variables that operator, trainer and device plugins set. Those that begin with FINETUNE_ are theirs, too."""
+"""Variables that others set: operator, trainer, device plugins, Kubernetes. Those that begin with FINETUNE_ are
+theirs, too."""
 
 OWN_VOLUMES = ("document", "work", "tmp", "shm", "ca-bundle", "model-cache")
 """Names of the operator's own volumes."""

@@ -411,7 +411,7 @@ _A_SIZE_FOR_THE_CLASS = (
 
 
 class Resources(ApiModel):
-    """What a train pod asks for."""
+    """What a train pod asks for, and how many of them there are."""
 
     model_config = validations(
         _A_SIZE_FOR_THE_CLASS,
@@ -425,8 +425,11 @@ class Resources(ApiModel):
         ),
     )
 
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Train pods that work together, on as many nodes as the scheduler finds for them. All other resources are those of
+    each."""
     gpus_per_node: Annotated[int, Field(ge=0, le=16)] = 1
-    """GPUs of the train pod, one process each; 0 trains on CPU."""
+    """GPUs of each train pod, one process each; 0 trains on CPU."""
     gpu_resource_name: Annotated[
         str,
         StringConstraints(
@@ -569,6 +572,9 @@ _NEVER = ("model", "dataset", "method", "hyperparameters", "evaluation", "output
 _WHILE_SUSPENDED = ("checkpoint", "resources", "stages", "scheduling", "podTemplate", "storage")
 """What an attempt is started with. All other fields may change at any time."""
 
+_PROCESSES = "(self.resources.gpusPerNode > 1 ? self.resources.gpusPerNode : 1) * self.resources.nodes"
+"""CEL: training processes of all nodes."""
+
 
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and where the result goes."""
@@ -584,16 +590,15 @@ class FineTuneJobSpec(ApiModel):
             "output.uri is the base model's own folder: choose another folder for the tuned model",
         ),
         (
-            "self.resources.gpusPerNode <= 1 || self.hyperparameters.batchSize % self.resources.gpusPerNode == 0",
-            "hyperparameters.batchSize must be a multiple of resources.gpusPerNode, so that every GPU has the same "
-            "share: change one of them",
+            f"self.hyperparameters.batchSize % ({_PROCESSES}) == 0",
+            "hyperparameters.batchSize must be a multiple of resources.gpusPerNode times resources.nodes, so that "
+            "every GPU has the same share: change one of them",
         ),
         (
-            "!has(self.hyperparameters.microBatchSize) || self.hyperparameters.batchSize % "
-            "(self.hyperparameters.microBatchSize * (self.resources.gpusPerNode > 1 ? self.resources.gpusPerNode : 1)) "
-            "== 0",
-            "hyperparameters.batchSize must be a multiple of microBatchSize times the number of GPUs: change one of "
-            "them, or leave microBatchSize out",
+            "!has(self.hyperparameters.microBatchSize) || "
+            f"self.hyperparameters.batchSize % (self.hyperparameters.microBatchSize * ({_PROCESSES})) == 0",
+            "hyperparameters.batchSize must be a multiple of microBatchSize times the number of GPUs of all nodes: "
+            "change one of them, or leave microBatchSize out",
         ),
         (
             "!has(self.scheduling.gpuTypes) || self.resources.gpusPerNode > 0",
@@ -636,7 +641,7 @@ class FineTuneJobSpec(ApiModel):
     output: Output
     """Where the tuned model goes."""
     resources: Resources = Resources()
-    """What a train pod asks for."""
+    """What a train pod asks for, and how many of them there are."""
     stages: Stages = Stages()
     """The stages that run without a GPU."""
     scheduling: Scheduling = Scheduling()

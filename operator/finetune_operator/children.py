@@ -1,4 +1,5 @@
-"""The objects that carry an attempt: a ConfigMap with the job document, and a Job with one pod. Pure.
+"""The objects that carry an attempt: a ConfigMap with the job document, and a Job with one pod, or with one for each
+node and a Service that gives them host names. Pure.
 
 An existing child is never compared with what is built here: an upgraded operator does not disturb running jobs.
 """
@@ -24,6 +25,7 @@ from finetune_api.names import (
     MANAGER,
     Stage,
     child_name,
+    service_name,
 )
 from finetune_api.spec import AddressingStyle, FineTuneJobSpec
 from finetune_api.uri import join
@@ -34,12 +36,68 @@ from finetune_operator.resource import FineTuneJob
 
 def build(
     job: FineTuneJob, spec: FineTuneJobSpec, stage: Stage, attempt: int, settings: Settings
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The ConfigMap and the Job of an attempt, in the order in which they are created."""
+) -> tuple[dict[str, Any], ...]:
+    """What carries an attempt, in the order in which it is created."""
     name = child_name(job.name, stage, attempt)
     document = build_document(job, spec, stage, attempt, settings)
     labels = _labels(job, stage, attempt)
-    metadata: dict[str, Any] = {
+    metadata = _metadata(job, name, labels)
+    text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    # With its content in the name: one that is left from a creation that did not come to an end is not taken for it.
+    document_name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata | {"name": document_name},
+        "immutable": True,
+        "data": {DOCUMENT_FILE: text},
+    }
+    nodes = spec.resources.nodes if stage is Stage.TRAIN else 1
+    services = (build_service(job),) if nodes > 1 else ()
+    # Kubernetes names pods of an Indexed Job after it and their index.
+    first = f"{name}-0.{service_name(job.name)}" if nodes > 1 else ""
+    child = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata | {"labels": labels | _queue_labels(spec, stage)},
+        "spec": {
+            # A queue starts it; nobody but the queue writes this field afterwards.
+            "suspend": queue_of(spec, stage) is not None,
+            "completions": nodes,
+            "parallelism": nodes,
+            "completionMode": "Indexed",
+            # The operator owns retries: a new attempt is a new Job.
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            # These rules make the Job controller write the cause into the Job's condition, where it outlives the pod.
+            "podFailurePolicy": {"rules": _failure_rules(spec, stage)},
+            "template": {
+                "metadata": _pod_metadata(spec, stage, labels),
+                "spec": pods.build(spec, job.status, stage, document_name, settings, first),
+            },
+        },
+    }
+    return config_map, *services, child
+
+
+def build_service(job: FineTuneJob) -> dict[str, Any]:
+    """What gives the train pods host names. One for all attempts: the names of their pods differ."""
+    labels = {name: value for name, value in _labels(job, Stage.TRAIN, 1).items() if name != LABEL_ATTEMPT}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job, service_name(job.name), labels),
+        "spec": {
+            "clusterIP": "None",
+            # They look for each other before they are ready.
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL_JOB_UID: job.uid, LABEL_STAGE: Stage.TRAIN},
+        },
+    }
+
+
+def _metadata(job: FineTuneJob, name: str, labels: dict[str, str]) -> dict[str, Any]:
+    return {
         "name": name,
         "namespace": job.namespace,
         "labels": labels,
@@ -54,37 +112,6 @@ def build(
                 "blockOwnerDeletion": False,
             }
         ],
-    }
-    text = document.model_dump_json(by_alias=True, exclude_none=True, indent=1)
-    # With its content in the name: one that is left from a creation that did not come to an end is not taken for it.
-    document_name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    config_map = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": metadata | {"name": document_name},
-        "immutable": True,
-        "data": {DOCUMENT_FILE: text},
-    }
-    return config_map, {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": metadata | {"labels": labels | _queue_labels(spec, stage)},
-        "spec": {
-            # A queue starts it; nobody but the queue writes this field afterwards.
-            "suspend": queue_of(spec, stage) is not None,
-            "completions": 1,
-            "parallelism": 1,
-            "completionMode": "Indexed",
-            # The operator owns retries: a new attempt is a new Job.
-            "backoffLimit": 0,
-            "podReplacementPolicy": "Failed",
-            # These rules make the Job controller write the cause into the Job's condition, where it outlives the pod.
-            "podFailurePolicy": {"rules": _failure_rules(spec, stage)},
-            "template": {
-                "metadata": _pod_metadata(spec, stage, labels),
-                "spec": pods.build(spec, job.status, stage, document_name, settings),
-            },
-        },
     }
 
 
@@ -129,6 +156,7 @@ def build_document(
         work_uri=work_uri(job.uid, spec),
         storage=storage_settings(spec, settings),
         processes=max(1, spec.resources.gpus_per_node),
+        nodes=spec.resources.nodes,
         earlier_attempts=earlier,
         trainer_image=pods.image(spec, settings),
         stall_seconds=spec.failure_policy.no_progress_seconds or settings.stall_seconds,

@@ -45,13 +45,14 @@ class Kind:
 JOBS = Kind("batch", "v1", "jobs")
 PODS = Kind("", "v1", "pods")
 CONFIG_MAPS = Kind("", "v1", "configmaps")
+SERVICES = Kind("", "v1", "services")
 EVENTS = Kind("", "v1", "events")
 LEASES = Kind("coordination.k8s.io", "v1", "leases")
 FINETUNE_JOBS = Kind(GROUP, VERSION, PLURAL)
 WORKLOADS = [Kind("kueue.x-k8s.io", version, "workloads") for version in ("v1beta2", "v1beta1")]
 """Kueue's, in the versions that a cluster may serve, newest first."""
 PENDING = [Kind("visibility.kueue.x-k8s.io", version, "localqueues") for version in ("v1beta2", "v1beta1")]
-BY_NAME = {"ConfigMap": CONFIG_MAPS, "Job": JOBS}
+BY_NAME = {"ConfigMap": CONFIG_MAPS, "Service": SERVICES, "Job": JOBS}
 
 
 class ApiError(Exception):

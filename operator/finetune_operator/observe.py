@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from finetune_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_QUEUE, LABEL_STAGE, Stage, child_name
+from finetune_api.names import (
+    COMPLETION_INDEX,
+    CONTAINER,
+    LABEL_ATTEMPT,
+    LABEL_QUEUE,
+    LABEL_STAGE,
+    Stage,
+    child_name,
+)
 from finetune_api.report import Report, decode
 from finetune_operator.resource import parse_time
+
+NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class Outcome(StrEnum):
@@ -38,6 +48,8 @@ class ChildJob:
     """Somebody, a queue for example, keeps it from having pods."""
     queue: str = ""
     """Kueue's LocalQueue that it was created for."""
+    nodes: int = 1
+    """Pods that it has at the same time."""
     uid: str = ""
     resource_version: str = ""
 
@@ -78,6 +90,8 @@ class ChildPod:
     oom_killed: bool
     report: Report | None
     """From its termination message."""
+    index: int = 0
+    """Which of the attempt's pods it is. The first one speaks for all."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +143,25 @@ class Observation:
         return next((job for job in self.jobs if (job.stage, job.attempt) == (stage, attempt)), None)
 
     def pod(self, stage: Stage, attempt: int) -> ChildPod | None:
-        """The newest pod of an attempt; one that still can run before one that cannot."""
-        pods = self.pods_of(stage, attempt)
+        """The pod that speaks for an attempt: the newest of its first node, and one that still can run before one that
+        cannot."""
+        return self._pod(stage, attempt, 0)
+
+    def last_pod(self, stage: Stage, attempt: int, nodes: int) -> ChildPod | None:
+        """Of the pods of an attempt the one that is, or was, the last to run; None while one is missing. When it runs
+        all do."""
+        found = [self._pod(stage, attempt, index) for index in range(nodes)]
+        pods = [pod for pod in found if pod is not None]
+        if len(pods) < nodes:
+            return None
+        return max(pods, key=lambda pod: (pod.started is None, pod.started or NEVER, -pod.index))
+
+    def _pod(self, stage: Stage, attempt: int, index: int) -> ChildPod | None:
+        pods = [pod for pod in self.pods_of(stage, attempt) if pod.index == index]
         return next((pod for pod in pods if not pod.finished), pods[-1] if pods else None)
+
+    def pod_named(self, name: str) -> ChildPod | None:
+        return next((pod for pod in self.pods if pod.name == name), None)
 
     def pods_of(self, stage: Stage, attempt: int) -> tuple[ChildPod, ...]:
         return tuple(pod for pod in self.pods if (pod.stage, pod.attempt) == (stage, attempt))
@@ -223,6 +253,7 @@ def _read_job(item: dict[str, Any]) -> ChildJob | None:
         ended=min((parse_time(time) for time in times if time), default=None),
         suspended=bool((item.get("spec") or {}).get("suspend")),
         queue=(metadata.get("labels") or {}).get(LABEL_QUEUE) or "",
+        nodes=(item.get("spec") or {}).get("completions") or 1,
         uid=metadata.get("uid") or "",
         resource_version=metadata.get("resourceVersion") or "",
     )
@@ -256,7 +287,13 @@ def _read_pod(item: dict[str, Any]) -> ChildPod | None:
         exit_code=ended.get("exitCode") if ended else None,
         oom_killed=bool(ended and ended.get("reason") == "OOMKilled"),
         report=decode(ended.get("message")) if ended else None,
+        index=_index(metadata),
     )
+
+
+def _index(metadata: dict[str, Any]) -> int:
+    text = (metadata.get("annotations") or {}).get(COMPLETION_INDEX) or ""
+    return int(text) if text.isdecimal() else 0
 
 
 def _waiting(status: dict[str, Any], state: dict[str, Any]) -> Waiting | None:

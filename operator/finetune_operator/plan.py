@@ -149,6 +149,8 @@ class _Stage:
             return self._start(1)
         child = self.seen.job(self.stage, attempt)
         pod = self.seen.pod(self.stage, attempt)
+        # Of several pods the last one says whether all run, and since when.
+        last = self.seen.last_pod(self.stage, attempt, child.nodes if child else 1)
         if self.draft.attempt_number(self.stage) != attempt:
             # The Job was created, and the operator died before it could say so.
             self.draft.start(self.stage, attempt)
@@ -159,27 +161,29 @@ class _Stage:
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
-        self._note_eviction(child, pod)
-        self._note_start(pod)
+        self._note_eviction(child, last)
+        self._note_start(last)
         self._note_overdue()
-        if pod is not None and pod.ended is not None:
-            self.draft.note_seen(pod.ended)
+        if (ended := self._ended(attempt)) is not None:
+            self.draft.note_seen(ended)
         self.draft.learn(self._report(attempt, pod))
         if child is not None and child.outcome is Outcome.COMPLETE:
             return self._finish(child, pod)
         if child is None or child.deleting:
             # Deleted, by this operator to suspend the job, or by somebody.
-            if pod is not None and not pod.finished and not self._lost(pod):
+            if any(not pod.finished and not self._lost(pod) for pod in self.seen.pods_of(self.stage, attempt)):
                 return self._wait_for_end(attempt, pod)
-            return self._failed(attempt, Cause(FailureClass.TERMINATED), pod.ended if pod else None, pod)
+            return self._failed(attempt, Cause(FailureClass.TERMINATED), self._ended(attempt), pod)
         if child.outcome is not Outcome.RUNNING:
-            return self._failed(attempt, cause_of(child), (pod.ended if pod else None) or child.ended, pod)
-        if pod is not None and self._lost(pod):
-            return self._failed(attempt, self._node_lost(pod), pod.delete_by, pod)
+            cause = cause_of(child)
+            culprit = self.seen.pod_named(cause.pod) if child.nodes > 1 and cause.pod else pod
+            return self._failed(attempt, cause, (culprit.ended if culprit else None) or child.ended, culprit)
+        if lost := next(filter(self._lost, self.seen.pods_of(self.stage, attempt)), None):
+            return self._failed(attempt, self._node_lost(lost), lost.delete_by, lost)
         if child.ended is not None:
             # It has succeeded, and its controller is about to say so.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
-        if failure := self._overdue(child, pod):
+        if failure := self._overdue(child, last):
             self.draft.set(failure=failure)
             self.draft.end_attempt(AttemptOutcome.FAILED, self.now, failure)
             self.draft.fail(failure)
@@ -188,7 +192,7 @@ class _Stage:
             return self._stop(child)
         if self._stopping:
             self._resumed()
-        return self._wait(child, pod)
+        return self._wait(child, pod, last)
 
     # Starting
 
@@ -310,36 +314,38 @@ class _Stage:
 
     # Running
 
-    def _note_eviction(self, child: ChildJob | None, pod: ChildPod | None) -> None:
+    def _note_eviction(self, child: ChildJob | None, last: ChildPod | None) -> None:
         """A queue that needs the room suspends the Job, and may start it again before anybody has looked."""
         attempt = self.draft.status.attempt
         if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
             return
-        taken = child.suspended and pod is None
-        replaced = pod is not None and pod.started is not None and format_time(pod.started) != attempt.start_time
+        taken = child.suspended and not self.seen.pods_of(self.stage, child.attempt)
+        replaced = last is not None and last.started is not None and format_time(last.started) != attempt.start_time
         if taken or replaced:
             self.draft.requeue()
 
-    def _note_start(self, pod: ChildPod | None) -> None:
+    def _note_start(self, last: ChildPod | None) -> None:
         attempt = self.draft.status.attempt
-        if pod is None or pod.started is None or attempt is None or attempt.start_time is not None:
+        if last is None or last.started is None or attempt is None or attempt.start_time is not None:
             return
-        started = format_time(pod.started)
+        started = format_time(last.started)
         self.draft.set(attempt=attempt.model_copy(update={"start_time": started}))
         if self.draft.status.start_time is None:
             self.draft.set(start_time=started)
 
     def _report(self, attempt: int, pod: ChildPod | None) -> Report | None:
-        """What this attempt says: its last words, or its live ones. Another pod's words do not count."""
-        report = pod.report if pod is not None and pod.report is not None else self.seen.live
+        """What this attempt says: its last words, or its live ones, which are those of its first pod. Another pod's
+        words do not count."""
+        live = self.seen.live if pod is None or pod.index == 0 else None
+        report = pod.report if pod is not None and pod.report is not None else live
         if report is None:
             return None
         mine = (report.job_uid, report.stage, report.attempt) == (self.draft.job.uid, self.stage, attempt)
         return report if mine else None
 
-    def _wait(self, child: ChildJob, pod: ChildPod | None) -> Plan:
-        if pod is None or pod.started is None:
-            return self._wait_for_pod(child, pod)
+    def _wait(self, child: ChildJob, pod: ChildPod | None, last: ChildPod | None) -> Plan:
+        if pod is None or last is None or last.started is None:
+            return self._wait_for_pod(child, last)
         if not pod.running:
             # The pod has ended, and the Job controller is about to say how.
             return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
@@ -347,7 +353,8 @@ class _Stage:
         self.draft.note_running(SEEN_SECONDS)
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"
-            self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in pod {pod.name} ({doing}).")
+            where = f"pod {pod.name}" if child.nodes == 1 else f"{child.nodes} pods, of which {pod.name} is the first"
+            self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in {where} ({doing}).")
             self._watch(report, pod)
         else:
             text = f"{self.stage.capitalize()} attempt {child.attempt} runs in pod {pod.name}"
@@ -391,6 +398,8 @@ class _Stage:
                 events = ("Pod", pod.name)
                 if self.seen.warnings:
                     reason, message = waiting.for_volumes(pod, self.seen.warnings[0])
+        if child.nodes > 1 and not child.suspended:
+            message += f" {self._running(child)} of {child.nodes} pods run."
         self._queue(child)
         self._say(status, reason, message)
         return self._plan(
@@ -400,6 +409,9 @@ class _Stage:
             needs_events_of=events,
             needs_workload_of=child if child.suspended and child.queue else None,
         )
+
+    def _running(self, child: ChildJob) -> int:
+        return sum(pod.running for pod in self.seen.pods_of(self.stage, child.attempt))
 
     def _queue(self, child: ChildJob) -> None:
         """Mirror what Kueue says; what it has said stays while the pod runs."""
@@ -419,8 +431,8 @@ class _Stage:
         elif not child.suspended and self.draft.status.queue is not None:
             self.draft.set(queue=self.draft.status.queue.model_copy(update={"position": None}))
 
-    def _wait_for_end(self, attempt: int, pod: ChildPod) -> Plan:
-        """The Job is gone, and its pod saves what it has."""
+    def _wait_for_end(self, attempt: int, pod: ChildPod | None) -> Plan:
+        """The Job is gone, and its pods save what they have."""
         report = self._report(attempt, pod)
         if self.stage is Stage.TRAIN and report is not None:
             self.draft.progress(report, self.settings.progress_seconds, final=False)
@@ -429,9 +441,14 @@ class _Stage:
 
     def _note_overdue(self) -> None:
         attempt = self.draft.attempt_number(self.stage)
-        alive = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
-        overdue = any(pod.delete_by is not None and pod.delete_by < self.now for pod in alive)
-        self.draft.note_overdue(overdue and self._report(attempt, None) is None)
+        answers = self._report(attempt, None) is not None  # of several pods the first one is asked
+        self.draft.note_overdue(
+            any(
+                pod.delete_by is not None and pod.delete_by < self.now and not (answers and pod.index == 0)
+                for pod in self.seen.pods_of(self.stage, attempt)
+                if not pod.finished
+            )
+        )
 
     def _lost(self, pod: ChildPod) -> bool:
         """Its node does not say that it has ended, long after it must have, and it has not answered either."""
@@ -440,7 +457,9 @@ class _Stage:
             return False
         if attempt.overdue_time is None:
             return False
-        return (self.now - parse_time(attempt.overdue_time)).total_seconds() > NODE_LOST_SECONDS
+        # The attempt's time is that of the pod that was overdue first.
+        since = max(parse_time(attempt.overdue_time), pod.delete_by)
+        return (self.now - since).total_seconds() > NODE_LOST_SECONDS
 
     def _node_lost(self, pod: ChildPod) -> Cause:
         assert pod.delete_by is not None
@@ -452,12 +471,19 @@ class _Stage:
 
     # Ending
 
+    def _ended(self, attempt: int) -> datetime | None:
+        """When the last pod of an attempt ended; None while one has not."""
+        pods = self.seen.pods_of(self.stage, attempt)
+        if any(pod.ended is None and not pod.finished for pod in pods):
+            return None
+        return max((pod.ended for pod in pods if pod.ended is not None), default=None)
+
     def _finish(self, child: ChildJob, pod: ChildPod | None) -> Plan:
         """Record what the stage came to. The next one begins with the next look, when the status has it."""
         report = self._report(child.attempt, pod)
         if self.stage is Stage.TRAIN and report is not None:
             self.draft.progress(report, 0.0, final=True)
-        self.draft.end_attempt(AttemptOutcome.SUCCEEDED, (pod.ended if pod else None) or child.ended)
+        self.draft.end_attempt(AttemptOutcome.SUCCEEDED, self._ended(child.attempt) or child.ended)
         self.draft.set(failure=None)
         if self.stage is Stage.PREPARE:
             self._say("True", Reason.VALIDATED, "Access, data, model and output were checked.")
@@ -480,15 +506,17 @@ class _Stage:
         return self._plan(running=True, look_again=0.0)
 
     def _failed(self, attempt: int, cause: Cause, at: datetime | None, pod: ChildPod | None) -> Plan:
-        """Record the failure as soon as it is known; what follows from it begins when it is in the status, so that it
-        is counted."""
-        report = self._report(attempt, pod)
+        """Record the failure of a pod as soon as it is known; what follows from it begins when it is in the status, so
+        that it is counted."""
+        child = self.seen.job(self.stage, attempt)
+        report = self._report(attempt, self.seen.pod(self.stage, attempt))
         if self.stage is Stage.TRAIN and report is not None:
             self.draft.progress(report, 0.0, final=True)
         if self._stopping and cause.failure_class in _STOPPED:
             self.draft.end_attempt(AttemptOutcome.SUSPENDED, at)
             return self._plan(running=False, look_again=0.0)
-        self.draft.fail_attempt(cause, at, pod, report)
+        said = self._report(attempt, pod) if pod is not None or child is None or child.nodes == 1 else None
+        self.draft.fail_attempt(cause, at, pod, said)
         if not self.draft.terminal:
             failure = self.draft.status.failure
             assert failure is not None

@@ -5,6 +5,7 @@ What a job's podTemplate adds comes last and replaces nothing of the operator's 
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 from finetune_api.names import (
@@ -18,6 +19,8 @@ from finetune_api.names import (
     DOCUMENT_MOUNT,
     ENV_CA_BUNDLE,
     ENV_DOCUMENT,
+    ENV_MAIN_ADDRESS,
+    ENV_MAIN_PORT,
     ENV_MODEL_CACHE,
     ENV_NODE_NAME,
     ENV_POD_IP,
@@ -41,14 +44,19 @@ IMAGE_USER = 65532
 
 
 def build(
-    spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage, document_name: str, settings: Settings
+    spec: FineTuneJobSpec, status: FineTuneJobStatus, stage: Stage, document: str, settings: Settings, first: str = ""
 ) -> dict[str, Any]:
-    """The spec of the pod that runs one attempt of a stage."""
+    """The spec of the pods that run one attempt of a stage.
+
+    Args:
+        document: name of the attempt's ConfigMap.
+        first: host name of the first of several pods, below the Service that gives it to them; empty for one pod.
+    """
     template = spec.pod_template
     is_train = stage is Stage.TRAIN
     asked = sizes.asked(spec, stage)
     volumes: dict[str, dict[str, Any]] = {
-        "document": {"configMap": {"name": document_name}},
+        "document": {"configMap": {"name": document}},
         "work": _work_volume(spec, status, stage),
         "tmp": {"emptyDir": {}},
     }
@@ -71,7 +79,7 @@ def build(
         "image": image(spec, settings),
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["finetune-trainer", "agent"],
-        "env": _environment(spec, stage, settings),
+        "env": _environment(spec, stage, settings, _meeting_place(first) if first else {}),
         "ports": [{"name": AGENT_PORT_NAME, "containerPort": AGENT_PORT}],
         "resources": _resources(spec, status, stage),
         "terminationMessagePath": TERMINATION_PATH,
@@ -95,6 +103,8 @@ def build(
         "securityContext": _security_context(spec, stage),
         "terminationGracePeriodSeconds": grace,
     }
+    if first:
+        pod["subdomain"] = first.partition(".")[2]
     if spec.storage.service_account_name:
         pod["serviceAccountName"] = spec.storage.service_account_name
     pull_secrets = [*settings.image_pull_secrets, *(secret.name for secret in template.image_pull_secrets or [])]
@@ -113,7 +123,16 @@ def image(spec: FineTuneJobSpec, settings: Settings) -> str:
 # What is in the pod
 
 
-def _environment(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> list[dict[str, Any]]:
+def _meeting_place(host: str) -> dict[str, str]:
+    """Where the training processes of several pods meet: at the first pod."""
+    # In a cluster every pod has all ports to itself. Where all pods share a machine, no two attempts may meet at one.
+    port = 20_000 + zlib.crc32(host.encode()) % 10_000
+    return {ENV_MAIN_ADDRESS: host, ENV_MAIN_PORT: str(port)}
+
+
+def _environment(
+    spec: FineTuneJobSpec, stage: Stage, settings: Settings, meeting_place: dict[str, str]
+) -> list[dict[str, Any]]:
     own = [
         {"name": ENV_DOCUMENT, "value": f"{DOCUMENT_MOUNT}/{DOCUMENT_FILE}"},
         {"name": ENV_WORK_DIR, "value": WORK_MOUNT},
@@ -122,6 +141,7 @@ def _environment(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> lis
         _field(ENV_POD_NAME, "metadata.name"),
         _field(ENV_POD_IP, "status.podIP"),
         _field(ENV_NODE_NAME, "spec.nodeName"),
+        *({"name": name, "value": value} for name, value in meeting_place.items()),
     ]
     if spec.storage.ca_bundle:
         own.append({"name": ENV_CA_BUNDLE, "value": f"{CA_MOUNT}/{CA_FILE}"})

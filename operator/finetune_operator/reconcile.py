@@ -161,8 +161,9 @@ class Reconciler:
         pods = read_pods(own_pods(await self._kube.list(PODS, job.namespace, labelSelector=selector), job.name))
         live: Report | None = None
         unreachable = ""
-        # The newest: an older one may be on a node that is lost. A pod that was told to stop still speaks.
-        running = next((pod for pod in reversed(pods) if pod.running and pod.ip), None)
+        # Of the newest attempt the first one speaks: an older one may be on a node that is lost. A pod that was told to
+        # stop still speaks while it saves.
+        running = next((pod for pod in reversed(pods) if pod.running and pod.ip and pod.index == 0), None)
         if running is not None:
             live, unreachable = await self._reader.read(running.ip)
         return Observation(jobs, pods, live=live, unreachable=unreachable)

@@ -137,7 +137,8 @@ class Draft:
     def start(self, stage: Stage, attempt: int) -> None:
         assert self.job.spec is not None
         name = child_name(self.job.name, stage, attempt)
-        gpus = self.job.spec.resources.gpus_per_node if stage is Stage.TRAIN else 0
+        resources = self.job.spec.resources
+        gpus = resources.gpus_per_node * resources.nodes if stage is Stage.TRAIN else 0
         self.set(
             attempt=Attempt.model_validate({"stage": stage.value, "number": attempt, "jobName": name, "gpus": gpus}),
             # What the last attempt measured says nothing of this one.

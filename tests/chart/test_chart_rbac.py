@@ -33,13 +33,19 @@ CODE = Path(handlers.__file__).parent
 VERBS = {"GET": "get", "POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
 LEASE = "tuner-finetune-operator"
 LONG_AGO = "2026-01-01T00:00:00Z"
-NAMES = ("free", "blocked", "halted", "queued", "over")
+NAMES = ("free", "blocked", "halted", "queued", "over", "several")
 KUEUE = "/apis/{}kueue.x-k8s.io/v1beta2/namespaces/team"
 POSITION = {LABEL_STAGE: "prepare", LABEL_ATTEMPT: "1"}
 OVER = {
     "completionTime": LONG_AGO,
     "conditions": [
         {"type": "Failed", "status": "True", "reason": "UserError", "message": "", "lastTransitionTime": LONG_AGO}
+    ],
+}
+
+PREPARED = {
+    "conditions": [
+        {"type": "Validated", "status": "True", "reason": "Validated", "message": "", "lastTransitionTime": LONG_AGO}
     ],
 }
 
@@ -133,8 +139,9 @@ def calls() -> list[tuple[str, range]]:
 
 def jobs_in_all_situations() -> dict[str, Object]:
     """Objects by path: one job whose way is free, two whose children's names are somebody else's, one that waits in a
-    queue, and one that is over and has left a child."""
+    queue, one that is over and has left a child, and one that is to train on several nodes."""
     objects: dict[str, Object] = {
+        "/api/v1/namespaces/team/services/several-train": {"metadata": {"name": "several-train"}},
         "/apis/batch/v1/namespaces/team/jobs/halted-prepare-1": {"metadata": {"name": "halted-prepare-1"}},
     }
     # Of a Job that this server gave no uid.
@@ -148,8 +155,10 @@ def jobs_in_all_situations() -> dict[str, Object]:
     }
     objects["/apis/batch/v1/namespaces/team/jobs/over-prepare-1"] = child
     for name in NAMES:
+        status = {"over": OVER, "several": PREPARED}.get(name)
         scheduling = {"cpuQueueName": "team-a"} if name == "queued" else {}
-        job = job_body(OVER if name == "over" else None, ttlSecondsAfterFinished=0, scheduling=scheduling)
+        resources = {"nodes": 2 if name == "several" else 1}
+        job = job_body(status, ttlSecondsAfterFinished=0, scheduling=scheduling, resources=resources)
         job["metadata"] |= {"name": name, "uid": f"{UID}-{name}"}
         objects[f"/apis/{GROUP}/{VERSION}/namespaces/team/finetunejobs/{name}"] = job
     return objects

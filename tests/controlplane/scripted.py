@@ -16,7 +16,7 @@ from typing import Any
 
 from api_client import Client, eventually
 
-from finetune_api.names import AGENT_PORT, CONTAINER, DOCUMENT_FILE, LABEL_ATTEMPT, LABEL_STAGE
+from finetune_api.names import AGENT_PORT, COMPLETION_INDEX, CONTAINER, DOCUMENT_FILE, LABEL_ATTEMPT, LABEL_STAGE
 from finetune_api.report import Report
 
 _ADDRESSES = itertools.count(2)
@@ -34,9 +34,9 @@ class ScriptedKubelet:
         self._pods = f"/api/v1/namespaces/{namespace}/pods"
         self._config_maps = f"/api/v1/namespaces/{namespace}/configmaps"
 
-    def pod(self, stage: str, attempt: int = 1, seconds: float = 30) -> dict[str, Any]:
-        """The pod of an attempt, as soon as the Job controller has made it."""
-        selector = f"{LABEL_STAGE}={stage},{LABEL_ATTEMPT}={attempt}"
+    def pod(self, stage: str, attempt: int = 1, seconds: float = 30, index: int = 0) -> dict[str, Any]:
+        """The pod of an attempt, as soon as the Job controller has made it; of several the one with an index."""
+        selector = f"{LABEL_STAGE}={stage},{LABEL_ATTEMPT}={attempt},{COMPLETION_INDEX}={index}"
 
         def find() -> dict[str, Any] | None:
             items = self._client.get(self._pods, labelSelector=selector).body["items"]
@@ -55,6 +55,13 @@ class ScriptedKubelet:
         """A report as the pod's agent would write it."""
         document = self.document(pod)
         return Report(job_uid=document["job"]["uid"], stage=document["stage"], attempt=document["attempt"], **fields)
+
+    def bind(self, pod: dict[str, Any], node: str = "node") -> None:
+        """A node takes the pod: when it is deleted from now on, its object stays until the node says that it ended."""
+        target = {"apiVersion": "v1", "kind": "Node", "name": node}
+        body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target}
+        answer = self._client.create(f"{self._pods}/{pod['metadata']['name']}/binding", body)
+        assert answer.code == 201, answer.body
 
     def run(self, pod: dict[str, Any], ip: str = "127.0.0.1", ago: float = 0) -> None:
         """Its container runs, since so many seconds."""

@@ -204,6 +204,22 @@ def test_references_are_expanded() -> None:
     assert expanded("$(A)-$(B)-$$(A)-$C", {"A": "1"}) == "1-$(B)-$(A)-$C"
 
 
+def test_a_pod_with_a_name_is_where_others_are_told(pods: Pods) -> None:
+    """There is no DNS: a value that is the name of a pod of the same Service is that pod's address."""
+    names = {"PEER": "first.gang", "OTHER": "first.others", "URL": "http://first.gang", "SHORT": "gang"}
+    variables = [{"name": name, "value": value} for name, value in names.items()]
+    show = f"import os; print(*[os.environ[name] for name in {sorted(names)}])"
+    pods.create("second", "", subdomain="gang", container={"command": ["python", "-c", show], "env": variables})
+    pods.when("second", "Succeeded")
+    other, peer, short, url = pods.log("second").split()
+    assert (other, short, url) == ("first.others", "gang", "http://first.gang")
+    # It is known before the pod is there, and is its own.
+    pods.create("a", "true", hostname="first", subdomain="gang")
+    assert pods.when("a", "Succeeded")["status"]["podIP"] == peer
+    pods.create("b", "true", hostname="second", subdomain="gang")
+    assert pods.when("b", "Succeeded")["status"]["podIP"] != peer
+
+
 def test_each_pod_has_an_address(pods: Pods) -> None:
     with socket.socket() as probe:
         # Free on all addresses, so that nobody who listens on 0.0.0.0 is in the way.

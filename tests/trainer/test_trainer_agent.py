@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_lab import INJECT, SECRET, AgentRun, TestJob
+from trainer_lab import INJECT, SECRET, AgentRun, TestJob, step_source
 from trainer_servers import Fault, MotoServer, Proxy
 
 from finetune_api.document import StorageSettings
@@ -54,9 +54,7 @@ def start(job: TestJob) -> Callable[..., AgentRun]:
         names = {"prepare", "fetch", "train", "export"} & steps.keys()
         source = PRELUDE
         for name in names:
-            source += f"\ndef {name}(document, disk, reporter):\n" + textwrap.indent(
-                textwrap.dedent(steps.pop(name)), "    "
-            )
+            source += step_source(name, steps.pop(name))
         path = job.root / "stages.py"
         path.write_text(source)
         injected = {

@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,7 +22,16 @@ import boto3
 from botocore.config import Config
 
 from finetune_api.document import JobDocument, JobIdentity, StorageSettings
-from finetune_api.names import AGENT_PORT, ENV_POD_IP, ENV_TERMINATION_PATH, ENV_WORK_DIR, Stage
+from finetune_api.names import (
+    AGENT_PORT,
+    ENV_COMPLETION_INDEX,
+    ENV_MAIN_ADDRESS,
+    ENV_MAIN_PORT,
+    ENV_POD_IP,
+    ENV_TERMINATION_PATH,
+    ENV_WORK_DIR,
+    Stage,
+)
 from finetune_api.report import Report, decode
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.layout import PodDisk
@@ -238,8 +249,9 @@ class TestJob:
             }
         )
 
-    def disk(self, stage: str, attempt: int = 1) -> PodDisk:
-        return PodDisk(self.root / f"{self.uid}-{stage}-{attempt}")
+    def disk(self, stage: str, attempt: int = 1, node: int = 0) -> PodDisk:
+        suffix = f"-{node}" if node else ""
+        return PodDisk(self.root / f"{self.uid}-{stage}-{attempt}{suffix}")
 
     def run(self, stage: str, attempt: int = 1, earlier: tuple[int, ...] = (), **fields: Any) -> Report:
         """Run a stage in this process; its report. Failures come out as the exceptions that they are."""
@@ -253,6 +265,12 @@ class TestJob:
         command = options.pop("command", [])
         document = self.document(stage, attempt, earlier, **options)
         return AgentRun(document, self.disk(stage, attempt), environment, command)
+
+    def nodes(self, attempt: int = 1, earlier: tuple[int, ...] = (), *, count: int = 2, **options: Any) -> Nodes:
+        """The train pods of several nodes; none is started yet."""
+        environment = options.pop("environment", {})
+        document = self.document("train", attempt, earlier, nodes=count, **options)
+        return Nodes(document, [self.disk("train", attempt, node) for node in range(count)], environment)
 
 
 def run_step(step: str, document: JobDocument, disk: PodDisk) -> Report:
@@ -271,14 +289,19 @@ def run_step(step: str, document: JobDocument, disk: PodDisk) -> Report:
 class AgentRun:
     """An agent with its children, started as a pod starts it: a job document, a work directory, an environment."""
 
-    def __init__(self, document: JobDocument, disk: PodDisk, environment: dict[str, str], command: list[str]) -> None:
+    def __init__(
+        self,
+        document: JobDocument,
+        disk: PodDisk,
+        environment: dict[str, str],
+        command: list[str],
+        address: str | None = None,
+    ) -> None:
         disk.root.mkdir(parents=True, exist_ok=True)
         self.disk = disk
         self.termination = disk.root / "termination-log"
         self.output = disk.root / "output.txt"
-        number = next(_addresses)
-        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-        self.address = f"127.{77 + worker}.{number // 250}.{number % 250 + 1}"
+        self.address = address or new_address()
         path = disk.root / "job.json"
         path.write_text(document.model_dump_json(by_alias=True))
         with self.output.open("wb") as output:
@@ -352,6 +375,43 @@ class AgentRun:
 
     def failure_file(self, rank: int = 0) -> Path:
         return failure_file(self.disk.run, rank)
+
+
+def step_source(name: str, body: str) -> str:
+    """A step of a pod under test as a function: the test's own code in place of the product's."""
+    return f"\ndef {name}(document, disk, reporter):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+
+
+class Nodes:
+    """Pods that train together: each a pod of its own, with what the operator and Kubernetes tell it."""
+
+    def __init__(self, document: JobDocument, disks: list[PodDisk], environment: dict[str, str]) -> None:
+        self.document = document
+        self.disks = disks
+        self.environment = environment
+        self.addresses = [new_address() for _ in disks]
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            self.port = probe.getsockname()[1]
+
+    def start(self, node: int, **environment: str) -> AgentRun:
+        own = {
+            ENV_COMPLETION_INDEX: str(node),
+            ENV_MAIN_ADDRESS: self.addresses[0],
+            ENV_MAIN_PORT: str(self.port),
+        }
+        given = self.environment | own | environment
+        return AgentRun(self.document, self.disks[node], given, [], self.addresses[node])
+
+    def start_all(self) -> list[AgentRun]:
+        return [self.start(node) for node in range(len(self.disks))]
+
+
+def new_address() -> str:
+    """A loopback address that no other pod of the tests has."""
+    number = next(_addresses)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return f"127.{77 + worker}.{number // 250}.{number % 250 + 1}"
 
 
 def _pids(parent: int) -> Iterator[str]:

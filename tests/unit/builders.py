@@ -10,6 +10,7 @@ from typing import Any
 from finetune_api import API_VERSION, KIND
 from finetune_api.failures import FailureClass, exit_code_of
 from finetune_api.names import (
+    COMPLETION_INDEX,
     CONTAINER,
     LABEL_ATTEMPT,
     LABEL_JOB_NAME,
@@ -73,6 +74,7 @@ def child_job(
     suspended: bool = False,
     queue: str = "",
     ended: datetime = NOW,
+    nodes: int = 1,
 ) -> dict[str, Any]:
     """Conditions are (type, reason, message), all True."""
     metadata: dict[str, Any] = {
@@ -91,7 +93,7 @@ def child_job(
         for kind, reason, text in conditions
     ]
     status: dict[str, Any] = {"startTime": metadata["creationTimestamp"]} | ({"conditions": found} if found else {})
-    return {"metadata": metadata, "spec": {"suspend": suspended}, "status": status}
+    return {"metadata": metadata, "spec": {"suspend": suspended, "completions": nodes}, "status": status}
 
 
 def complete(stage: Stage, attempt: int = 1) -> dict[str, Any]:
@@ -172,6 +174,14 @@ def ended_pod(
         terminated["message"] = report.encode().decode()
     phase = "Succeeded" if code == 0 else "Failed"
     return child_pod(stage, attempt, phase=phase, state={"terminated": terminated})
+
+
+def of_node(index: int, pod: dict[str, Any]) -> dict[str, Any]:
+    """The pod as the one of an Indexed Job with that index."""
+    name = pod["metadata"]["name"].replace("-0-x7k2p", f"-{index}-x7k2p")
+    pod["metadata"] |= {"name": name, "annotations": {COMPLETION_INDEX: str(index)}}
+    pod["spec"]["nodeName"] = f"node{index + 1}"
+    return pod
 
 
 def report(stage: Stage, attempt: int = 1, **fields: Any) -> Report:

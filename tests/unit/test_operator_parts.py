@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from builders import SETTINGS, job_body
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.document import JobDocument
 from finetune_api.names import DOCUMENT_FILE, Stage
+from finetune_api.spec import MAX_NAME_LENGTH
 from finetune_api.status import Resolved
 from finetune_operator import children, sizes
 from finetune_operator.config import Settings
@@ -25,14 +28,14 @@ def build(
     settings: Settings = SETTINGS,
     status: dict[str, Any] | None = None,
     **spec: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], ...]:
     job = FineTuneJob.parse(job_body({"trainedAttempt": 2, **(status or {})}, **spec))
     assert job.spec is not None, job.spec_problem
     return children.build(job, job.spec, stage, attempt, settings)
 
 
 def pod_spec(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    spec: dict[str, Any] = build(*args, **kwargs)[1]["spec"]["template"]["spec"]
+    spec: dict[str, Any] = build(*args, **kwargs)[-1]["spec"]["template"]["spec"]
     return spec
 
 
@@ -85,6 +88,67 @@ class TestChildren:
         assert "nvidia.com/gpu" not in resources["limits"]
         assert resources["requests"]["cpu"] == "1"
         assert document(resources={"gpusPerNode": 0})["processes"] == 1
+
+    def test_several_nodes_are_pods_of_one_job_with_names(self) -> None:
+        objects = build(Stage.TRAIN, 3, resources={"nodes": 4})
+        document, service, job = objects
+        assert [item["kind"] for item in objects] == ["ConfigMap", "Service", "Job"]
+        assert (service["metadata"]["name"], job["metadata"]["name"]) == ("bot-train", "bot-train-3")
+        assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (4, 4)
+        # The name is made from the host name that Kubernetes gives to the first pod, and from the Service.
+        pod = job["spec"]["template"]["spec"]
+        variables = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
+        assert (pod["subdomain"], variables["MASTER_ADDR"]) == ("bot-train", "bot-train-3-0.bot-train")
+        assert {"configMap": {"name": document["metadata"]["name"]}, "name": "document"} in pod["volumes"]
+        assert service["spec"]["clusterIP"] == "None"
+        assert service["spec"]["publishNotReadyAddresses"] is True
+        assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+        # It is for all attempts, so that it does not differ between them.
+        assert service == build(Stage.TRAIN, 1, resources={"nodes": 4})[1]
+        # Sizes are those of each pod.
+        assert pod["containers"][0]["resources"] == container(Stage.TRAIN)["resources"]
+
+    def test_host_names_fit(self) -> None:
+        job = FineTuneJob.parse(job_body(resources={"nodes": 64}, hyperparameters={"batchSize": 64}))
+        assert job.spec is not None, job.spec_problem
+        longest = replace(job, name="b" * MAX_NAME_LENGTH)
+        _, service, child = children.build(longest, job.spec, Stage.TRAIN, 101, SETTINGS)
+        assert len(f"{child['metadata']['name']}-63") <= 63
+        assert len(service["metadata"]["name"]) <= 63
+
+    def test_attempts_that_share_a_machine_meet_at_ports_of_their_own(self) -> None:
+        def port(attempt: int) -> int:
+            env = container(Stage.TRAIN, attempt, resources={"nodes": 2})["env"]
+            return int(next(item["value"] for item in env if item["name"] == "MASTER_PORT"))
+
+        # Below the ports that the kernel hands out.
+        assert all(1024 < port(attempt) < 32768 for attempt in range(1, 20))
+        assert len({port(attempt) for attempt in range(1, 20)}) == 19
+
+    @pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.EXPORT])
+    def test_the_other_stages_have_one_pod(self, stage: Stage) -> None:
+        _, job = build(stage, resources={"nodes": 4})
+        assert job["spec"]["completions"] == 1
+        assert "subdomain" not in job["spec"]["template"]["spec"]
+        # Prepare says how large the world will be.
+        assert document(stage, resources={"nodes": 4})["nodes"] == 4
+
+    def test_one_node_is_a_pod_without_a_name(self) -> None:
+        assert [item["kind"] for item in build(Stage.TRAIN)] == ["ConfigMap", "Job"]
+        assert "subdomain" not in pod_spec(Stage.TRAIN)
+        assert not {"MASTER_ADDR", "MASTER_PORT"} & {item["name"] for item in container(Stage.TRAIN)["env"]}
+
+    @pytest.mark.parametrize(
+        ("gpus", "nodes", "limit", "expected"), [(1, 1, None, 8), (4, 1, None, 8), (4, 4, None, 4), (0, 3, 5, 4)]
+    )
+    def test_the_batch_is_shared_among_all_nodes(self, gpus: int, nodes: int, limit: int | None, expected: int) -> None:
+        size = 64 if nodes != 3 else 48
+        loaded = document(
+            resources={"gpusPerNode": gpus, "nodes": nodes},
+            hyperparameters={"batchSize": size},
+            status={"microBatchLimit": limit} if limit else None,
+        )
+        assert JobDocument.model_validate(loaded).micro_batch_size == expected
 
     def test_only_the_train_pod_takes_gpus_and_goes_where_gpus_are(self) -> None:
         scheduling = {"nodeSelector": {"gpu": "yes"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}

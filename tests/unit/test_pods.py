@@ -45,7 +45,7 @@ def build(
 
 
 def template(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    found: dict[str, Any] = build(*args, **kwargs)[1]["spec"]["template"]
+    found: dict[str, Any] = build(*args, **kwargs)[-1]["spec"]["template"]
     return found
 
 
@@ -491,13 +491,13 @@ def test_own_names_are_those_of_the_pod() -> None:
         "caBundle": {"secretKeyRef": {"name": "ca", "key": "ca.crt"}},
         "modelCache": {"claimName": "models"},
     }
-    built = pod(storage=storage)
+    built = pod(storage=storage, resources={"nodes": 2})
     assert {volume["name"] for volume in built["volumes"]} == set(OWN_VOLUMES)
-    names = {name for name in environment(storage=storage) if not name.startswith("FINETUNE_")}
+    names = {name for name in environment(storage=storage, resources={"nodes": 2}) if not name.startswith("FINETUNE_")}
     assert names < set(OWN_VARIABLES)
     source = Path(agent.__file__).read_text()
-    gpus = {name for name in OWN_VARIABLES if name.endswith("_VISIBLE_DEVICES")}
-    assert all(f'"{name}"' in source for name in set(OWN_VARIABLES) - names - gpus)
+    others = {name for name in OWN_VARIABLES if name.endswith("_VISIBLE_DEVICES")} | {"JOB_COMPLETION_INDEX"}
+    assert all(f'"{name}"' in source for name in set(OWN_VARIABLES) - names - others)
 
 
 @pytest.mark.parametrize("name", [*OWN_VARIABLES, "FINETUNE_DOCUMENT", "FINETUNE_ANYTHING"])

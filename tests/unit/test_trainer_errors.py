@@ -48,6 +48,12 @@ def test_known_types(error: BaseException, failure_class: FailureClass, remedy: 
     assert remedy in message
 
 
+def test_gloo_is_known_by_where_it_speaks_from() -> None:
+    words = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.7]:15771: Connection reset"
+    assert classify(RuntimeError(words))[0] is FailureClass.COMMUNICATION
+    assert classify(RuntimeError("gloo is not available"))[0] is FailureClass.UNKNOWN
+
+
 def test_a_full_disk() -> None:
     with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space") as caught:
         file.write(b"x")

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,18 +33,22 @@ from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError, exit_code_of
 from finetune_api.names import (
     AGENT_PORT,
+    ENV_COMPLETION_INDEX,
     ENV_DOCUMENT,
+    ENV_MAIN_ADDRESS,
+    ENV_MAIN_PORT,
     ENV_POD_IP,
     ENV_TERMINATION_PATH,
     TERMINATION_PATH,
     Stage,
 )
 from finetune_api.report import MAX_LOG_TAIL_BYTES, Outcome, Report, ReportedFailure
-from finetune_trainer import layout
+from finetune_trainer import layout, peers
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.metrics import exposition
+from finetune_trainer.peers import Peers
 from finetune_trainer.redact import Redactor
-from finetune_trainer.reporting import failure_file, now, read_report
+from finetune_trainer.reporting import Reporter, failure_file, now, read_report
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +62,10 @@ PEER_GRACE_SECONDS = 5.0
 """After one process failed the others can save nothing any more; they get this long before SIGKILL."""
 STORE_SECONDS = 20.0
 """Log and report are stored best-effort: a storage that hangs must not hold the GPUs."""
-LOG_FILE = "log.txt"
+HOLD_SECONDS = 15.0
+"""A pod that lost another one waits so long for its own removal, so that the other one is seen to be the cause."""
+ALONE = ("Saving", "Done")
+"""Phases in which the first pod needs no other one."""
 
 
 @dataclass
@@ -90,7 +98,10 @@ class Agent:
         """In the order in which they ended: the first one to fail is the cause."""
         self._terminating = False
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._log = _Log(disk.run / LOG_FILE, self._redact)
+        self._nodes = document.nodes if document.stage is Stage.TRAIN else 1
+        self._node = int(os.environ[ENV_COMPLETION_INDEX]) if self._nodes > 1 else 0
+        self._peers = Peers(document, self._node, os.environ[ENV_MAIN_ADDRESS]) if self._nodes > 1 else None
+        self._log = _Log(disk.run / layout.LOG_FILE, self._redact)
         self._termination = Path(os.environ.get(ENV_TERMINATION_PATH, TERMINATION_PATH))
         self._final: Report | None = None
         self._last_message = b""
@@ -103,17 +114,20 @@ class Agent:
         signal.signal(signal.SIGINT, self._on_terminate)
         # Which process failed first can only be told when each is collected as it ends.
         signal.signal(signal.SIGCHLD, lambda *_: self._wake.put(None))
-        server = serve(self.report, exposition(self.report))
+        server = serve(self.report, exposition(self.report), self._peers.hear if self._peers else None)
+        if self._peers:
+            self._peers.start()
         self._write_termination_message()
         failure = None
         for step in STEPS[self._document.stage]:
-            failure = self._run_step(step)
+            failure = (self._meet() if step == "train" else None) or self._run_step(step)
             if failure is not None or self.report().already_published:
                 break
         self._final = self._concluded(failure)
         self._write_termination_message()
         self._store()
         self._write_termination_message()  # now with logURI, if the log was stored
+        self._hold(failure)
         if server is not None:
             server.shutdown()
         return 0 if failure is None else failure.exit_code
@@ -133,14 +147,15 @@ class Agent:
         if self._terminating:
             return self._terminated("before its work began")
         count = self._document.processes if step == "train" else 1
-        port = _free_port() if count > 1 else 0
+        port = _free_port() if count > 1 and self._nodes == 1 else 0
         self._ended = []
-        self._children = [self._launch(step, rank, count, port) for rank in range(count)]
+        self._children = [self._launch(step, local_rank, count, port) for local_rank in range(count)]
         if self._terminating:
             # It was asked for while they were launched, when they were not known yet.
             self._signal(signal.SIGTERM)
         cause: Child | None = None
         stalled = False
+        lost = ""
         kill_at: float | None = None
         while any(child.exit_code is None for child in self._children):
             with contextlib.suppress(queue.Empty):
@@ -158,6 +173,11 @@ class Agent:
                 log.error("no step for %d s; stacks follow", self._document.stall_seconds)
                 self._signal(signal.SIGUSR1)  # faulthandler prints the stacks
                 kill_at = time.monotonic() + PEER_GRACE_SECONDS
+            if not lost and cause is None and step == "train" and (lost := self._lost_peers()):
+                # They wait in a collective that will never end, and would not hear a SIGTERM.
+                log.error("%s", lost)
+                self._signal(signal.SIGUSR1)
+                kill_at = time.monotonic() + PEER_GRACE_SECONDS
             if kill_at is not None and time.monotonic() >= kill_at:
                 self._signal(signal.SIGKILL)
             self._write_termination_message()
@@ -168,19 +188,25 @@ class Agent:
             return self._failure(
                 FailureClass.NO_PROGRESS, f"Training made no step for {self._document.stall_seconds} s.", rank=None
             )
+        if lost:
+            ended = FailureClass.TERMINATED if self._terminating else FailureClass.COMMUNICATION
+            return self._failure(ended, lost, rank=None)
         return self._cause_of(self._root_of(cause)) if cause is not None else None
 
-    def _launch(self, step: str, rank: int, count: int, port: int) -> Child:
+    def _launch(self, step: str, local_rank: int, count: int, port: int) -> Child:
+        rank = self._node * count + local_rank
+        size = self._nodes * count
         failure_file(self._disk.run, rank).unlink(missing_ok=True)
         environment = os.environ | {ENV_DOCUMENT: str(self._document_path), "PYTHONUNBUFFERED": "1", "RANK": str(rank)}
-        if count > 1:
+        if step == "train" and size > 1:
             environment |= {
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
+                "LOCAL_RANK": str(local_rank),
+                "WORLD_SIZE": str(size),
                 "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "NODE_RANK": str(self._node),
             }
+            if self._nodes == 1:
+                environment |= {ENV_MAIN_ADDRESS: "127.0.0.1", ENV_MAIN_PORT: str(port)}
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
         process = subprocess.Popen(
             [sys.executable, "-m", "finetune_trainer.main", step],
@@ -190,7 +216,7 @@ class Agent:
             stderr=subprocess.STDOUT,
         )
         assert process.stdout is not None
-        reader = threading.Thread(target=self._log.copy, args=(process.stdout, rank, count), daemon=True)
+        reader = threading.Thread(target=self._log.copy, args=(process.stdout, rank, size), daemon=True)
         reader.start()
         return Child(rank, process, reader)
 
@@ -233,6 +259,54 @@ class Agent:
         last = datetime.fromisoformat(seen)
         return (datetime.now(UTC) - last).total_seconds() > self._document.stall_seconds
 
+    # Other pods
+
+    def _meet(self) -> ReportedFailure | None:
+        """Wait until the others are there: no process begins to wait for one that may never come."""
+        if self._peers is None:
+            return None
+        reporter = Reporter(self._document, self._disk.run)
+        reporter.phase("WaitingForNodes")
+        deadline = time.monotonic() + self._document.stall_seconds
+        while missing := self._peers.missing:
+            if self._terminating:
+                return self._terminated("before its work began")
+            if time.monotonic() > deadline:
+                text = f"{_pods(missing)} did not come in {self._document.stall_seconds} s, and training needs all of"
+                return self._failure(
+                    FailureClass.COMMUNICATION,
+                    f"{text} them. Make room for {self._nodes} pods at once, or let the network policy allow them to "
+                    "reach each other.",
+                    rank=None,
+                )
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=TICK_SECONDS)
+            self._write_termination_message()
+        reporter.close()
+        return None
+
+    def _lost_peers(self) -> str:
+        """Which pods are gone without whom training cannot go on; empty when none is."""
+        if self._peers is None or (self._node == 0 and self.report().phase in ALONE):
+            return ""
+        seconds = peers.SILENCE_SECONDS_AT_THE_END if self._terminating else peers.SILENCE_SECONDS
+        silent = self._peers.silent(seconds)
+        return f"{_pods(silent)} did not answer for {seconds:.0f} s." if silent else ""
+
+    def _hold(self, failure: ReportedFailure | None) -> None:
+        """Let the pod end first that is the cause. When it has, this one is told to stop, too."""
+        if self._peers is None or failure is None:
+            return
+        seconds = {
+            FailureClass.COMMUNICATION: HOLD_SECONDS,
+            # Another pod was told to stop, and all have saved. It may not have sent its part yet.
+            FailureClass.TERMINATED: float(self._document.spec.checkpoint.grace_period_seconds),
+        }.get(failure.failure_class, 0.0)
+        deadline = time.monotonic() + seconds
+        while not self._terminating and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=left)
+
     # Failures
 
     def _root_of(self, first: Child) -> Child:
@@ -261,7 +335,9 @@ class Agent:
         """Why the process failed: what it said itself, else what its end shows."""
         said = self._said(child)
         if said is not None:
-            return self._failure(said.failure_class, said.message, rank=child.rank)
+            # Where this pod was told to stop the others were, too, and may have ended before it.
+            lost = self._terminating and self._nodes > 1 and said.failure_class is FailureClass.COMMUNICATION
+            return self._failure(FailureClass.TERMINATED if lost else said.failure_class, said.message, child.rank)
         if self._terminating and (child.exit_code == -signal.SIGTERM or child.exit_code == 143):
             return self._terminated("before it could save a checkpoint")
         code = child.exit_code or 0
@@ -276,6 +352,9 @@ class Agent:
                 FailureClass.UNKNOWN, "The process was killed (SIGKILL) by something outside it.", rank=child.rank
             )
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if code == -signal.SIGABRT and self._nodes > 1:
+            text = "The process ended itself (SIGABRT), as NCCL does when it loses another one; see the log."
+            return self._failure(FailureClass.COMMUNICATION, text, rank=child.rank)
         return self._failure(
             FailureClass.UNKNOWN, f"The process died ({name}) without saying why; see the log.", rank=child.rank
         )
@@ -334,9 +413,10 @@ class Agent:
         try:
             work = open_folder(self._document.work_uri, self._document.storage)
             self._log.flush()
-            work.upload(self._log.path, f"{prefix}/{LOG_FILE}")
-            self._final = self._final.model_copy(update={"log_uri": f"{work.uri}/{prefix}/{LOG_FILE}"})
-            work.write(f"{prefix}/report.json", self._final.encode(limit=64 * 1024))
+            log_file, report_file = layout.last_words(self._node)
+            work.upload(self._log.path, f"{prefix}/{log_file}")
+            self._final = self._final.model_copy(update={"log_uri": f"{work.uri}/{prefix}/{log_file}"})
+            work.write(f"{prefix}/{report_file}", self._final.encode(limit=64 * 1024))
         except JobError as error:
             log.warning("log and report could not be stored: %s", error.message)
 
@@ -373,20 +453,25 @@ class _Log:
         return data.decode(errors="ignore")
 
 
-def serve(report: Any, metrics: Any) -> ThreadingHTTPServer | None:
-    """Answer /metrics, /progress and /healthz on the pod's address; None when the port is taken.
+def _pods(nodes: list[int]) -> str:
+    return f"Pod {nodes[0]} of the attempt" + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")
+
+
+def serve(report: Any, metrics: Any, hear: Callable[[str], bool] | None = None) -> ThreadingHTTPServer | None:
+    """Answer /metrics, /progress and /healthz on the pod's address; None when the port is taken. `hear` takes the
+    heartbeats of other pods.
 
     A job does not depend on being watched, so that a port that cannot be had is a warning.
     """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
+            path, _, query = self.path.partition("?")
             if path == "/metrics":
                 self._answer(metrics(), "text/plain; version=0.0.4; charset=utf-8")
             elif path == "/progress":
                 self._answer(report().encode(limit=32 * 1024), "application/json")
-            elif path == "/healthz":
+            elif path == "/healthz" or (path == peers.PATH and hear is not None and hear(query)):
                 self._answer(b"ok\n", "text/plain; charset=utf-8")
             else:
                 self.send_error(404)

@@ -47,6 +47,19 @@ def publish(folder: Folder, prefix: str, files: list[BundleFile], facts: dict[st
     folder.write(f"{prefix}/{MANIFEST}", Bundle(files=files, facts=facts).model_dump_json().encode())
 
 
+def publish_part(folder: Folder, prefix: str, part: str, files: list[BundleFile]) -> None:
+    """Say which files another pod has added, for the one that writes the manifest."""
+    folder.write(f"{prefix}/part-{part}.json", Bundle(files=files).model_dump_json().encode())
+
+
+def read_part(folder: Folder, prefix: str, part: str) -> list[BundleFile] | None:
+    """The files that another pod has added, or None when it has not said so yet."""
+    key = f"{prefix}/part-{part}.json"
+    if folder.stat(key) is None:
+        return None
+    return Bundle.model_validate_json(folder.read(key)).files
+
+
 def read(folder: Folder, prefix: str) -> Bundle | None:
     """The bundle's manifest, or None when the bundle is not complete."""
     if folder.stat(f"{prefix}/{MANIFEST}") is None:

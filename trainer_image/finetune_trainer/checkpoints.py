@@ -18,11 +18,14 @@ from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.status import CheckpointResult
 from finetune_trainer import bundle, layout
+from finetune_trainer.bundle import BundleFile
 from finetune_trainer.reporting import Reporter, now
 from finetune_trainer.storage import Folder
 from finetune_trainer.storage.base import BrokenObject
 
 log = logging.getLogger(__name__)
+
+PART_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,33 @@ class CheckpointUploader:
     """Uploads checkpoints on one thread while training goes on; keeps the last few of its attempt.
 
     A failed upload does not stop training: it is reported, and the next checkpoint tries again.
+
+    Of several pods each uploads what its processes wrote and says so in a part of its own; the first one waits for
+    all parts, and writes the manifest.
     """
 
-    def __init__(self, work: Folder, document: JobDocument, reporter: Reporter, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        work: Folder,
+        document: JobDocument,
+        reporter: Reporter | None,
+        facts: dict[str, Any],
+        node: int = 0,
+        life: int = 0,
+    ) -> None:
+        """
+        Args:
+            reporter: of the main process; the other pods have none.
+            node: which of the attempt's pods this is.
+            life: a number that all pods have drawn together. Parts of pods that ran before under the name of this
+                attempt do not count.
+        """
         self._work = work
         self._document = document
         self._reporter = reporter
         self._facts = facts
+        self._node = node
+        self._life = life
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
         self._running: Future[None] | None = None
         self._stored = sorted(checkpoint.step for checkpoint in find(work, [document.attempt]))
@@ -115,14 +138,22 @@ class CheckpointUploader:
         (folder / "training_args.bin").unlink(missing_ok=True)
         try:
             files = bundle.upload_files(folder, self._work, checkpoint.prefix)
-            bundle.publish(self._work, checkpoint.prefix, files, {**self._facts, "step": step})
+            if self._node > 0:
+                bundle.publish_part(self._work, checkpoint.prefix, self._part(self._node), files)
+            else:
+                for node in range(1, self._document.nodes):
+                    files += self._await_part(checkpoint.prefix, node)
+                bundle.publish(self._work, checkpoint.prefix, files, {**self._facts, "step": step})
         except JobError as error:
             log.error("the checkpoint of step %d was not stored: %s", step, error.message)
-            failures = (self._reporter.report.checkpoint_failures or 0) + 1
-            self._reporter.update(checkpoint_failures=failures)
+            if self._reporter:
+                failures = (self._reporter.report.checkpoint_failures or 0) + 1
+                self._reporter.update(checkpoint_failures=failures)
             return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        if self._reporter is None:
+            return
         seconds = save_seconds + time.monotonic() - started
         self._reporter.update(
             checkpoint=CheckpointResult(
@@ -139,6 +170,21 @@ class CheckpointUploader:
             )
         log.info("checkpoint of step %d stored in %.1f s", step, seconds)
         self._rotate(step)
+
+    def _part(self, node: int) -> str:
+        return f"{node}-{self._life}"
+
+    def _await_part(self, prefix: str, node: int) -> list[BundleFile]:
+        # Half of the time that a pod has when it is stopped: one whose part never comes must not take all of it.
+        seconds = self._document.spec.checkpoint.grace_period_seconds / 2
+        deadline = time.monotonic() + seconds
+        while (files := bundle.read_part(self._work, prefix, self._part(node))) is None:
+            if time.monotonic() > deadline:
+                raise JobError(
+                    FailureClass.STORAGE_UNAVAILABLE, f"Pod {node} has not stored its part in {seconds:g} s."
+                )
+            time.sleep(PART_POLL_SECONDS)
+        return files
 
     def _rotate(self, step: int) -> None:
         self._stored = [*(old for old in self._stored if old != step), step]

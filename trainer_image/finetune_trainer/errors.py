@@ -30,5 +30,8 @@ def classify(error: BaseException) -> tuple[FailureClass, str]:
         )
     if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
         return FailureClass.COMMUNICATION, "The training processes lost each other."
+    if isinstance(error, RuntimeError) and "/gloo/" in str(error):
+        # It has no type of its own for this; its messages begin with the path of its source.
+        return FailureClass.COMMUNICATION, "The training processes lost each other."
     first_line = str(error).strip().partition("\n")[0][:300]
     return FailureClass.UNKNOWN, f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

@@ -5,7 +5,9 @@ prepare/plan.json, train.arrow, validation.arrow
 evaluation/base.json                      measured once, never overwritten
 train/<attempt>/checkpoints/<step>/…      manifest.json last
 train/<attempt>/final/…                   manifest.json last
+train/<attempt>/checkpoints/<step>/part-<node>-<life>.json   what another pod has added to it
 <stage>/<attempt>/report.json, log.txt
+<stage>/<attempt>/report-<node>.json, log-<node>.txt         of further pods
 
 `finetune gc` removes only what has one of these names: finetune_operator/cli/gc.py knows them, too.
 """
@@ -24,6 +26,7 @@ PUBLISHED = f"{PREPARE}/published.json"
 """Exists when prepare found the result of the same specification at output.uri."""
 BASE_EVALUATION = "evaluation/base.json"
 MANIFEST = "manifest.json"
+LOG_FILE = "log.txt"
 
 
 def attempt_prefix(stage: Stage, attempt: int) -> str:
@@ -36,6 +39,12 @@ def checkpoints_prefix(attempt: int) -> str:
 
 def final_prefix(attempt: int) -> str:
     return f"{attempt_prefix(Stage.TRAIN, attempt)}/final"
+
+
+def last_words(node: int) -> tuple[str, str]:
+    """Names of the log and the report of one of the attempt's pods."""
+    suffix = f"-{node}" if node else ""
+    return f"log{suffix}.txt", f"report{suffix}.json"
 
 
 @dataclass(frozen=True)

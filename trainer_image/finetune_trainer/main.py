@@ -65,7 +65,8 @@ def run_step(name: str, document: JobDocument) -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     disk = PodDisk.from_environment()
     rank = int(os.environ.get("RANK", "0"))
-    reporter = Reporter(document, disk.run) if rank == 0 else None
+    # Of the training processes the first one speaks for all; each pod fetches for itself.
+    reporter = Reporter(document, disk.run) if rank == 0 or name == "fetch" else None
     try:
         trust_bundle(disk.run)
         _KEPT.append(_call(name, document, disk, reporter))

@@ -206,14 +206,15 @@ class LoopCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._world.barrier()  # every process has written its part
         self._last_save = time.monotonic()
-        if self._uploader:
-            assert args.output_dir is not None
-            assert self._reporter is not None
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            seconds = time.monotonic() - self._save_started
+        if self._reporter:
             # A slow upload of the one before is no hang.
             self._reporter.phase("Saving")
-            self._uploader.submit(folder, state.global_step, seconds)
+        if self._uploader:
+            assert args.output_dir is not None
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._uploader.submit(folder, state.global_step, time.monotonic() - self._save_started)
+        # After the last step, or when it was told to stop, it goes on saving; the other pods may be gone by then.
+        if self._reporter and not control.should_training_stop:
             self._reporter.phase("Training")
 
     def on_log(

@@ -1,4 +1,4 @@
-"""The training processes of one pod, as one of them sees it. With one process nothing is communicated."""
+"""The training processes of an attempt, as one of them sees it. With one process nothing is communicated."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ class World:
     def any(self, *flags: bool) -> list[bool]:
         """Whether each flag is set in at least one process."""
         return [bool(value) for value in self._reduce([float(flag) for flag in flags], "MAX")]
+
+    def same(self, *values: float) -> bool:
+        """Whether each value is the same in all processes."""
+        reduced = self._reduce([*values, *(-value for value in values)], "MAX")
+        return all(most == -least for most, least in zip(reduced, reduced[len(values) :], strict=False))
+
+    def of_main(self, value: float) -> float:
+        """The value that the main process has."""
+        return self.sum(value if self.rank == 0 else 0.0)[0]
 
     def barrier(self) -> None:
         if self.size > 1:

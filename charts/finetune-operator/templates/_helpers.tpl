@@ -61,7 +61,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
   resources: [jobs]
   verbs: [create, delete, get, list, watch]
 - apiGroups: [""]
-  resources: [configmaps]
+  resources: [configmaps, services]
   verbs: [create, get]
 - apiGroups: [""]
   resources: [pods]

@@ -7,6 +7,8 @@ folder:
 
     mountPath /work, env WORK_DIR=/work/cache   ->   WORK_DIR=<pod folder>/volumes/work/cache
 
+An environment value that is the name of a pod behind the same Service becomes its address (see `addresses`).
+
 Paths in the middle of a value, and paths written into files, stay as they are: a program that is to run here takes its
 paths from its arguments or environment. The image is ignored; programs come from the PATH of the Python that runs this,
 and HOME and TMPDIR are folders of the pod.
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_operator.local.addresses import resolved
 from finetune_operator.local.apiserver.api import Api
 from finetune_operator.local.apiserver.store import Object
 from finetune_operator.local.processes import MARK
@@ -190,7 +193,7 @@ class PodFiles:
             value = self._value(variable, given, ip)
             if value is not None:
                 given[variable["name"]] = value
-        return environment | {name: translated(value, mounts) for name, value in given.items()}
+        return environment | {name: resolved(translated(value, mounts), self._pod) for name, value in given.items()}
 
     def _value(self, variable: Object, known: Mapping[str, str], ip: str) -> str | None:
         source = variable.get("valueFrom")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import logging
 import shutil
@@ -26,6 +25,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 
+from finetune_operator.local.addresses import loopback, named_address
 from finetune_operator.local.apiserver import errors
 from finetune_operator.local.apiserver.api import Api, DeleteOptions, timestamp
 from finetune_operator.local.apiserver.errors import ApiError
@@ -221,7 +221,8 @@ class Runner:
         uid = pod["metadata"]["uid"]
         taken = {worker.ip for worker in self._workers.values()}
         files = PodFiles(self._api, self._root, pod, self._environment)
-        worker = PodWorker(self._api, self._events, files, pod, _address(uid, taken), self._free_gpus(pod))
+        address = named_address(pod) or _address(uid, taken)
+        worker = PodWorker(self._api, self._events, files, pod, address, self._free_gpus(pod))
         self._workers[uid] = worker
         worker.task.add_done_callback(lambda task: self._ended(worker, task))
 
@@ -311,15 +312,8 @@ def _key(pod: Object) -> Key:
 
 def _address(uid: str, taken: Collection[str]) -> str:
     """A loopback address of the pod's own, the same whenever it can be."""
-    if sys.platform != "linux":
-        return "127.0.0.1"
-    for attempt in itertools.count():
-        first, second, third, *_ = hashlib.sha256(f"{uid}{attempt}".encode()).digest()
-        # 127.0.0.0/16 is left to others: 127.0.0.1 is everybody's, 127.0.1.1 Debian's host name.
-        address = f"127.{1 + first % 254}.{second}.{1 + third % 254}"
-        if address not in taken:
-            return address
-    raise AssertionError("unreachable: the loop above has no end")
+    addresses = (loopback(f"{uid}{attempt}") for attempt in itertools.count())
+    return next(address for address in addresses if address not in taken or sys.platform != "linux")
 
 
 def _tail_position(path: Path, lines: int) -> int:

@@ -265,7 +265,12 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ),
     ("spec", {"model": {"uri": "s3://models/same"}, "output": {"uri": "s3://models/same"}}),
     ("spec", {"resources": {"gpusPerNode": 3}}),
+    ("spec", {"resources": {"nodes": 3}}),
+    ("spec", {"resources": {"gpusPerNode": 0, "nodes": 3}}),
+    # Each of both divides 16.
+    ("spec", {"resources": {"gpusPerNode": 8, "nodes": 4}}),
     ("spec", {"hyperparameters": {"batchSize": 4, "microBatchSize": 3}}),
+    ("spec", {"hyperparameters": {"batchSize": 16, "microBatchSize": 4}, "resources": {"nodes": 8}}),
     ("spec.hyperparameters", {"hyperparameters": {"epochs": 1, "maxSteps": 2}}),
     ("spec.hyperparameters.learningRate", {"hyperparameters": {"learningRate": "fast"}}),
     ("spec.hyperparameters.warmupRatio", {"hyperparameters": {"warmupRatio": "1"}}),
@@ -435,6 +440,7 @@ NEVER: list[dict[str, Any]] = [
 WHILE_SUSPENDED: list[dict[str, Any]] = [
     {"checkpoint": {"keepLast": 5}},
     {"resources": {"gpusPerNode": 2}},
+    {"resources": {"nodes": 2}},
     {"stages": {"export": {"cpu": "2"}}},
     {"scheduling": {"nodeSelector": {"a": "b"}}},
     {"podTemplate": {"labels": {"team": "blue"}}},

@@ -5,6 +5,7 @@ The training processes then find everything local: none waits for another one's 
 
 from __future__ import annotations
 
+import json
 import logging
 
 from finetune_api.document import JobDocument
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 """Beside the report: the plan, so that the training processes need no storage to start."""
+RESUMED_FILE = "resumed.json"
+"""Beside it: attempt and step of the checkpoint that is resumed from; zeros without one."""
 
 
 def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
@@ -36,8 +39,16 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
     model.download(disk.base)
     write_atomically(disk.run / PLAN_FILE, plan.model_dump_json(by_alias=True).encode())
     resumed = checkpoint.step if checkpoint else 0
+    found = [checkpoint.attempt, checkpoint.step] if checkpoint else [0, 0]
+    write_atomically(disk.run / RESUMED_FILE, json.dumps(found).encode())
     reporter.update(resumed_from_step=resumed)
     log.info("base model and data are here; training starts from step %d", resumed)
+
+
+def read_resumed(disk: PodDisk) -> tuple[int, int]:
+    """Attempt and step of the checkpoint that this pod has fetched."""
+    attempt, step = json.loads((disk.run / RESUMED_FILE).read_bytes())
+    return attempt, step
 
 
 def read_plan(disk: PodDisk) -> TrainingPlan:

@@ -321,7 +321,7 @@ def _report(plan: TrainingPlan, document: JobDocument, model: BaseModel, reporte
         learning_rate=plan.learning_rate,
         total_steps=plan.total_steps,
         batch_size=document.spec.hyperparameters.batch_size,
-        world_size=document.processes,
+        world_size=document.world_size,
         artifacts=plan.artifacts,
         dtype=plan.dtype,
         work_uri=document.work_uri,

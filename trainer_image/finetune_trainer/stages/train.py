@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from finetune_api.document import JobDocument
+from finetune_api.failures import FailureClass, JobError
 from finetune_api.report import Report
 from finetune_api.spec import AdapterType
 from finetune_api.status import EvaluationResult, Measurement, Resolved
@@ -74,6 +76,11 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
         checkpointing=checkpointing,
     )
     # The configuration has set up the process group, so that processes can speak from here on.
+    if not world.same(*fetch.read_resumed(disk)):
+        raise JobError(
+            FailureClass.COMMUNICATION,
+            "The pods found different checkpoints to go on from; the next attempt looks anew.",
+        )
     train_rows = prepared.read_rows(disk.data / prepared.TRAIN_FILE)
     validation_rows = prepared.read_rows(disk.data / prepared.VALIDATION_FILE)
     if reporter:
@@ -109,7 +116,9 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     if handover and quantizes:
         handover.send_quantized(model)
     facts = {"document": document.digest, "data": plan.data.train.sha256, "world_size": world.size}
-    uploader = CheckpointUploader(work, document, reporter, facts) if reporter else None
+    node, local_rank = divmod(world.rank, document.processes)
+    life = int(world.of_main(secrets.randbits(32)))
+    uploader = CheckpointUploader(work, document, reporter, facts, node, life) if local_rank == 0 else None
     callback = training.LoopCallback(spec, plan, world, stop, reporter, uploader, validation_rows)
     tokenizer = AutoTokenizer.from_pretrained(disk.base, local_files_only=True)
     trainer = training.build_trainer(model, tokenizer, train_rows, config, [callback])
@@ -119,14 +128,15 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     try:
         training.train(trainer, resume, callback)
     finally:
-        if uploader and reporter:
+        if reporter:
             reporter.phase("Saving")
+        if uploader:
             uploader.close()
     # `train` returns normally after an early stop: only the step count tells.
     step = trainer.state.global_step
     if step < plan.total_steps:
         saved = "a checkpoint was saved" if uploader and uploader.newest == step else "it could not be saved"
-        raise training.stopped(f"after step {step} of {plan.total_steps}" + (f"; {saved}" if uploader else ""))
+        raise training.stopped(f"after step {step} of {plan.total_steps}" + (f"; {saved}" if reporter else ""))
 
     if reporter:
         reporter.phase("Evaluating")
