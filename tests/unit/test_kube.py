@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,9 +128,9 @@ async def test_no_write_passes_the_guard(server: Server, api: client.ApiClient) 
 
 async def test_requests_wait_for_the_limit(server: Server, api: client.ApiClient) -> None:
     metrics = Metrics()
-    kube = Kube(api, metrics, limiter=TokenBucket(rate=100, burst=2))
-    for _ in range(4):
-        await VERBS["get"](kube)
+    kube = Kube(api, metrics, limiter=TokenBucket(rate=10, burst=2))
+    # All at once: one after the other they might be slower than the limit.
+    await asyncio.gather(*(VERBS["get"](kube) for _ in range(4)))
     assert len(server.asked) == 4
     assert metrics.throttled_seconds.labels("client")._value.get() > 0
 
