@@ -528,7 +528,8 @@ class _Stage:
         the pause is over."""
         self._note_overdue()
         pods = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
-        if child is not None and not child.finished and not child.deleting and all(map(self._lost, pods)):
+        decided = child is not None and child.outcome is Outcome.FAILING and not pods
+        if child is not None and not (child.finished or child.deleting or decided) and all(map(self._lost, pods)):
             # It waits for a pod of a lost node, or would make another one.
             return self._plan(running=False, delete=(child,), look_again=WAITING_LOOK_SECONDS)
         over = (child is None or child.finished or child.deleting) and all(map(self._lost, pods))

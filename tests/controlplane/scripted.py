@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,9 +57,10 @@ class ScriptedKubelet:
         document = self.document(pod)
         return Report(job_uid=document["job"]["uid"], stage=document["stage"], attempt=document["attempt"], **fields)
 
-    def bind(self, pod: dict[str, Any], node: str = "node") -> None:
+    def bind(self, pod: dict[str, Any]) -> None:
         """A node takes the pod: when it is deleted from now on, its object stays until the node says that it ended."""
-        target = {"apiVersion": "v1", "kind": "Node", "name": node}
+        # One that was never named before: a real controller removes the pods of nodes that it has long not seen.
+        target = {"apiVersion": "v1", "kind": "Node", "name": f"node-{secrets.token_hex(4)}"}
         body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target}
         answer = self._client.create(f"{self._pods}/{pod['metadata']['name']}/binding", body)
         assert answer.code == 201, answer.body

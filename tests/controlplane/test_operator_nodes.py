@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from api_client import eventually
 from conftest import TestServer
+from finetune_job import Job, play
 from operator_process import OperatorProcess
 from scripted import ScriptedKubelet, agent
-from test_operator_life import Job, play
 
 from finetune_api.failures import FailureClass
 from finetune_api.report import Outcome, ReportedFailure, StepProgress
 
 NODES = 3
-
-
-@pytest.fixture
-def job(scripted_server: TestServer, namespace: str) -> Job:
-    return Job(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def kubelet(scripted_server: TestServer, namespace: str) -> ScriptedKubelet:
-    return ScriptedKubelet(scripted_server.client, namespace)
-
-
-@pytest.fixture
-def operator(scripted_server: TestServer, namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
-    process = OperatorProcess(scripted_server.kubeconfig, namespace, tmp_path / "operator.log")
-    process.start()
-    yield process
-    process.close()
 
 
 def train(job: Job, kubelet: ScriptedKubelet, attempt: int = 1) -> list[dict[str, Any]]:
@@ -46,6 +26,12 @@ def start(job: Job, kubelet: ScriptedKubelet) -> list[dict[str, Any]]:
     job.create(resources={"nodes": NODES, "gpusPerNode": 0}, hyperparameters={"batchSize": 6})
     play(job, kubelet, "prepare")
     return train(job, kubelet)
+
+
+def conditions(server: TestServer, namespace: str) -> list[str]:
+    """What the Job controller says of the first attempt to train."""
+    items = server.client.get(f"/apis/batch/v1/namespaces/{namespace}/jobs/bot-train-1").body["status"]
+    return [item["type"] for item in items.get("conditions", []) if item["status"] == "True"]
 
 
 def test_several_pods_run_as_one(
@@ -97,20 +83,14 @@ def test_one_lost_pod_ends_the_attempt_and_is_named(
         operator.kill()
     said = ReportedFailure(failure_class=FailureClass.OUT_OF_MEMORY_HOST, message="Too much.", exit_code=81, rank=1)
     kubelet.fail(pods[1], 81, kubelet.report(pods[1], outcome=Outcome.FAILED, failure=said))
-    path = f"/apis/batch/v1/namespaces/{namespace}/jobs/bot-train-1"
-
-    def conditions() -> list[str]:
-        items = scripted_server.client.get(path).body["status"].get("conditions", [])
-        return [item["type"] for item in items if item["status"] == "True"]
-
-    eventually(lambda: "FailureTarget" in conditions())
+    eventually(lambda: "FailureTarget" in conditions(scripted_server, namespace))
     # The controller removes the others, which lost it in a collective, or saved.
     for pod in (pods[0], pods[2]):
-        assert "Failed" not in conditions()
+        assert "Failed" not in conditions(scripted_server, namespace)
         lost = ReportedFailure(failure_class=FailureClass.COMMUNICATION, message="lost", exit_code=84, rank=0)
         kubelet.fail(pod, 84, kubelet.report(pod, outcome=Outcome.FAILED, failure=lost))
         kubelet.remove(pod)
-    eventually(lambda: "Failed" in conditions())
+    eventually(lambda: "Failed" in conditions(scripted_server, namespace))
     if away:
         operator.start()
     again = train(job, kubelet, 2)
@@ -126,13 +106,15 @@ def test_one_lost_pod_ends_the_attempt_and_is_named(
 
 
 def test_a_drained_pod_costs_nothing_though_the_others_end_like_any_that_was_stopped(
-    job: Job, kubelet: ScriptedKubelet, operator: OperatorProcess
+    scripted_server: TestServer, namespace: str, job: Job, kubelet: ScriptedKubelet, operator: OperatorProcess
 ) -> None:
     pods = start(job, kubelet)
     for pod in pods:
         kubelet.bind(pod)
         kubelet.run(pod)
     kubelet.disrupt(pods[2])
+    # The others hold until they are removed, so that the controller sees this one first.
+    eventually(lambda: "FailureTarget" in conditions(scripted_server, namespace))
     for pod in pods[:2]:
         kubelet.fail(pod, 75)
         kubelet.remove(pod)

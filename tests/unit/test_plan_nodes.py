@@ -15,6 +15,7 @@ from builders import (
     created,
     deleted,
     ended_pod,
+    exited,
     failure_report,
     of_node,
     report,
@@ -192,6 +193,13 @@ class TestEnding:
         assert (status.failure.pod, status.failure.node) == ("bot-train-1-3-x7k2p", "node4")
         assert status.restarts is not None
         assert (status.restarts.charged, status.restarts.preemptions) == (0, 1)
+
+    def test_a_job_that_has_decided_is_left_to_its_controller(self, story: Story) -> None:
+        story.look([child()], pods(), live=at_work())
+        ended = {f"p{index}": ended_pod(TRAIN, 1, 84) for index in range(NODES)}
+        planned = story.look([failing(0, 84)], pods(**ended))
+        assert (deleted(planned), created(planned)) == ([], []), "it is about to say Failed"
+        assert created(story.look([exited(TRAIN, 1, 84)]))[-1] == "Job/bot-train-2"
 
     def test_a_pod_on_a_lost_node_ends_the_attempt_whichever_it_is(self, story: Story) -> None:
         story.look([child()], pods(), live=at_work())
