@@ -30,8 +30,9 @@ class Cause:
 def cause_of(job: ChildJob) -> Cause:
     """The cause of a failed Job, from what outlives its pods."""
     cause = _stated(job)
-    if job.suspended and cause.failure_class in (FailureClass.TERMINATED, FailureClass.KILLED):
-        # A queue took the pod away by suspending the Job; what the pod then exits with is not its own doing.
+    stopped = (FailureClass.TERMINATED, FailureClass.KILLED, FailureClass.COMMUNICATION)
+    if job.suspended and cause.failure_class in stopped:
+        # A queue took the pods away by suspending the Job; what they then exit with is not their own doing.
         return replace(cause, failure_class=FailureClass.PREEMPTED)
     return cause
 

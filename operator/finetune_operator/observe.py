@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from finetune_api.failures import STOPPED_CODES
 from finetune_api.names import (
     COMPLETION_INDEX,
     CONTAINER,
@@ -159,6 +160,12 @@ class Observation:
     def _pod(self, stage: Stage, attempt: int, index: int) -> ChildPod | None:
         pods = [pod for pod in self.pods_of(stage, attempt) if pod.index == index]
         return next((pod for pod in pods if not pod.finished), pods[-1] if pods else None)
+
+    def without_stopped(self) -> Observation:
+        """Without pods that ended as they were told to. A queue may then start the Job again, which makes others."""
+        return replace(
+            self, pods=tuple(pod for pod in self.pods if not (pod.finished and pod.exit_code in STOPPED_CODES))
+        )
 
     def pod_named(self, name: str) -> ChildPod | None:
         return next((pod for pod in self.pods if pod.name == name), None)

@@ -22,14 +22,15 @@ from finetune_operator import children, pods, waiting
 from finetune_operator.classify import Cause, cause_of
 from finetune_operator.config import Settings
 from finetune_operator.observe import ChildJob, ChildPod, Observation, Outcome
+from finetune_operator.pace import WAITING_SECONDS, Pace, pace_of
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
 from finetune_operator.status import MAX_FAILURE_MESSAGE, Draft, Note, cut
 
 NO_PODS_SECONDS = 10.0
 """A Job without pods for so long has been refused them, and a pod that is created for so long waits for volumes; their
 events say why."""
-WAITING_LOOK_SECONDS = 10.0
-"""How often a pod that does not start is looked at: not all reasons come with an event."""
+NEW_SECONDS = 60.0
+"""What keeps a child from having pods that run is usually there from the beginning, and somebody looks on."""
 
 SEEN_SECONDS = 60.0
 STOPPING_SEEN_SECONDS = 10.0
@@ -67,7 +68,7 @@ class Plan:
     """A Job that a queue keeps back, whose Workload should be read before the next plan."""
 
 
-def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime) -> Plan:
+def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime, pace: Pace | None = None) -> Plan:
     """Decide what should be, from what was asked and what was seen."""
     draft = Draft(job, now)
     if job.deleting or job.status_problem:
@@ -85,7 +86,7 @@ def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime)
         draft.derive_phase(running=False)
         return Plan(draft.status, notes=tuple(draft.notes))
     stage = next((stage for stage in Stage if not draft.finished(stage)), Stage.EXPORT)
-    return _Stage(stage, draft, job.spec, seen, settings, now).advance()
+    return _Stage(stage, draft, job.spec, seen, settings, now, pace or pace_of(settings)).advance()
 
 
 def _after_the_end(draft: Draft, seen: Observation, now: datetime) -> Plan:
@@ -142,15 +143,19 @@ class _Stage:
     seen: Observation
     settings: Settings
     now: datetime
+    pace: Pace
 
     def advance(self) -> Plan:
         attempt = max(self.draft.attempt_number(self.stage), self.seen.newest_attempt(self.stage))
         if attempt == 0:
             return self._start(1)
         child = self.seen.job(self.stage, attempt)
-        pod = self.seen.pod(self.stage, attempt)
+        present = self.seen
+        if child is not None and child.queue and child.outcome is Outcome.RUNNING:
+            present = present.without_stopped()
+        pod = present.pod(self.stage, attempt)
         # Of several pods the last one says whether all run, and since when.
-        last = self.seen.last_pod(self.stage, attempt, child.nodes if child else 1)
+        last = present.last_pod(self.stage, attempt, child.nodes if child else 1)
         if self.draft.attempt_number(self.stage) != attempt:
             # The Job was created, and the operator died before it could say so.
             self.draft.start(self.stage, attempt)
@@ -161,7 +166,7 @@ class _Stage:
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
-        self._note_eviction(child, last)
+        self._note_eviction(child, present, last)
         self._note_start(last)
         self._note_overdue()
         if (ended := self._ended(attempt)) is not None:
@@ -176,13 +181,14 @@ class _Stage:
             return self._failed(attempt, Cause(FailureClass.TERMINATED), self._ended(attempt), pod)
         if child.outcome is not Outcome.RUNNING:
             cause = cause_of(child)
-            culprit = self.seen.pod_named(cause.pod) if child.nodes > 1 and cause.pod else pod
-            return self._failed(attempt, cause, (culprit.ended if culprit else None) or child.ended, culprit)
+            if child.nodes == 1:
+                return self._failed(attempt, cause, (pod.ended if pod else None) or child.ended, pod)
+            return self._one_failed(attempt, child, cause, pod)
         if lost := next(filter(self._lost, self.seen.pods_of(self.stage, attempt)), None):
             return self._failed(attempt, self._node_lost(lost), lost.delete_by, lost)
         if child.ended is not None:
             # It has succeeded, and its controller is about to say so.
-            return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
+            return self._plan(running=True, look_again=self.pace.waiting)
         if failure := self._overdue(child, last):
             self.draft.set(failure=failure)
             self.draft.end_attempt(AttemptOutcome.FAILED, self.now, failure)
@@ -221,7 +227,7 @@ class _Stage:
         objects = children.build(job, self.spec, self.stage, attempt, self.settings)
         self.draft.set(resolved=pods.resolved(self.spec, job.status, self.stage))
         self._say("Unknown" if self.stage is not Stage.TRAIN else "False", *waiting.for_pod(self.stage))
-        return self._plan(running=False, create=objects, look_again=WAITING_LOOK_SECONDS)
+        return self._plan(running=False, create=objects, look_again=WAITING_SECONDS)
 
     # Suspending
 
@@ -235,7 +241,7 @@ class _Stage:
         """The child is deleted instead of suspended: its failure policy would call the end of a suspended pod a
         failure, and a queue owns the field where there is one."""
         if self._stopping:
-            return self._plan(running=True, delete=(child,), look_again=WAITING_LOOK_SECONDS)
+            return self._plan(running=True, delete=(child,), look_again=self.pace.waiting)
         text = f"{self.stage.capitalize()} attempt {child.attempt} is told to stop"
         if self.stage is Stage.TRAIN:
             text += f", and has {self.spec.checkpoint.grace_period_seconds} s to save"
@@ -314,14 +320,23 @@ class _Stage:
 
     # Running
 
-    def _note_eviction(self, child: ChildJob | None, last: ChildPod | None) -> None:
+    def _note_eviction(self, child: ChildJob | None, present: Observation, last: ChildPod | None) -> None:
         """A queue that needs the room suspends the Job, and may start it again before anybody has looked."""
         attempt = self.draft.status.attempt
         if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
             return
-        taken = child.suspended and not self.seen.pods_of(self.stage, child.attempt)
+        taken = not present.pods_of(self.stage, child.attempt)
+        started = parse_time(attempt.start_time)
+        # What pods say that were stopped, but not in an earlier life of the Job, is still to be known.
+        stopped = [pod for pod in self.seen.pods_of(self.stage, child.attempt) if pod not in present.pods]
+        ends = [pod.ended for pod in stopped if pod.ended is not None and pod.ended >= started]
+        for pod in stopped:
+            if pod.index == 0 and pod.ended in ends:
+                self.draft.learn(self._report(child.attempt, pod))
+        if taken and ends:
+            self.draft.note_seen(max(ends))
         replaced = last is not None and last.started is not None and format_time(last.started) != attempt.start_time
-        if taken or replaced:
+        if (taken and child.suspended) or replaced:
             self.draft.requeue()
 
     def _note_start(self, last: ChildPod | None) -> None:
@@ -348,7 +363,7 @@ class _Stage:
             return self._wait_for_pod(child, last)
         if not pod.running:
             # The pod has ended, and the Job controller is about to say how.
-            return self._plan(running=True, look_again=WAITING_LOOK_SECONDS)
+            return self._plan(running=True, look_again=self.pace.waiting)
         report = self._report(child.attempt, pod)
         self.draft.note_running(SEEN_SECONDS)
         if self.stage is Stage.TRAIN:
@@ -361,7 +376,7 @@ class _Stage:
             doing = f" ({report.phase})." if report else "."
             reason = Reason.PREPARING if self.stage is Stage.PREPARE else Reason.EXPORTING
             self._say("Unknown", reason, text + doing)
-        return self._plan(running=True, look_again=self._look_by(child, pod, self.settings.poll_seconds))
+        return self._plan(running=True, look_again=self._look_by(child, pod, self.pace.poll))
 
     def _watch(self, report: Report | None, pod: ChildPod) -> None:
         """Silence is never failure: whether training stalls is judged in the pod."""
@@ -369,7 +384,7 @@ class _Stage:
             self.draft.set_condition(
                 ConditionType.PROGRESS_AVAILABLE, "True", Reason.PROGRESS_RECEIVED, "The train pod answers."
             )
-            self.draft.progress(report, self.settings.progress_seconds, final=False)
+            self.draft.progress(report, self.pace.progress, final=False)
         elif self.seen.unreachable and pod.delete_by is None:
             self.draft.set_condition(
                 ConditionType.PROGRESS_AVAILABLE,
@@ -402,10 +417,11 @@ class _Stage:
             message += f" {self._running(child)} of {child.nodes} pods run."
         self._queue(child)
         self._say(status, reason, message)
+        new = (self.now - child.created).total_seconds() < NEW_SECONDS
         return self._plan(
             running=False,
             queued=child.suspended,
-            look_again=self._look_by(child, pod, WAITING_LOOK_SECONDS),
+            look_again=self._look_by(child, pod, WAITING_SECONDS if new else self.pace.waiting),
             needs_events_of=events,
             needs_workload_of=child if child.suspended and child.queue else None,
         )
@@ -435,9 +451,9 @@ class _Stage:
         """The Job is gone, and its pods save what they have."""
         report = self._report(attempt, pod)
         if self.stage is Stage.TRAIN and report is not None:
-            self.draft.progress(report, self.settings.progress_seconds, final=False)
+            self.draft.progress(report, self.pace.progress, final=False)
         self.draft.note_running(STOPPING_SEEN_SECONDS)
-        return self._plan(running=True, look_again=self.settings.poll_seconds)
+        return self._plan(running=True, look_again=self.pace.poll)
 
     def _note_overdue(self) -> None:
         attempt = self.draft.attempt_number(self.stage)
@@ -505,6 +521,23 @@ class _Stage:
             )
         return self._plan(running=True, look_again=0.0)
 
+    def _one_failed(self, attempt: int, child: ChildJob, cause: Cause, first: ChildPod | None) -> Plan:
+        """One of several pods has failed, and the others are removed."""
+        pods = self.seen.pods_of(self.stage, attempt)
+        lost = next(filter(self._lost, pods), None)
+        if cause.failure_class in (*_STOPPED, FailureClass.COMMUNICATION):
+            if any(not pod.finished and not self._lost(pod) for pod in pods):
+                # They save together, and what they saved is said at the end.
+                text = f"A pod of train attempt {attempt} has ended ({cause.pod}); the others save and end."
+                self._say("True", Reason.TRAINING, text)
+                return self._wait_for_end(attempt, first)
+            if cause.failure_class is FailureClass.COMMUNICATION and lost is not None:
+                # That is what the others could see of it.
+                return self._failed(attempt, self._node_lost(lost), child.ended, lost)
+        # A pod that was deleted before it ran is not named.
+        culprit = self.seen.pod_named(cause.pod) if cause.pod else None
+        return self._failed(attempt, cause, self._ended(attempt) or child.ended, culprit)
+
     def _failed(self, attempt: int, cause: Cause, at: datetime | None, pod: ChildPod | None) -> Plan:
         """Record the failure of a pod as soon as it is known; what follows from it begins when it is in the status, so
         that it is counted."""
@@ -528,13 +561,13 @@ class _Stage:
         the pause is over."""
         self._note_overdue()
         pods = [pod for pod in self.seen.pods_of(self.stage, attempt) if not pod.finished]
-        decided = child is not None and child.outcome is Outcome.FAILING and not pods
-        if child is not None and not (child.finished or child.deleting or decided) and all(map(self._lost, pods)):
-            # It waits for a pod of a lost node, or would make another one.
-            return self._plan(running=False, delete=(child,), look_again=WAITING_LOOK_SECONDS)
+        unaware = child is not None and child.outcome is Outcome.RUNNING
+        waits_in_vain = child is not None and not child.finished and bool(pods) and all(map(self._lost, pods))
+        if child is not None and not child.deleting and (unaware or waits_in_vain):
+            return self._plan(running=bool(pods), delete=(child,), look_again=self.pace.waiting)
         over = (child is None or child.finished or child.deleting) and all(map(self._lost, pods))
         if not over:
-            return self._plan(running=bool(pods), look_again=WAITING_LOOK_SECONDS)
+            return self._plan(running=bool(pods), look_again=self.pace.waiting)
         pause = self._pause()
         if pause > 0 and not self.spec.suspend and self._overdue(None, None) is None:
             return self._plan(running=bool(pods), look_again=max(pause, 0.5))

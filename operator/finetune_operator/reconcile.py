@@ -20,6 +20,7 @@ import aiohttp
 from finetune_api import API_VERSION, KIND
 from finetune_api.names import LABEL_JOB_UID, LABEL_QUEUED_JOB_UID, MANAGER
 from finetune_api.report import Report
+from finetune_api.status import Phase
 from finetune_operator import logs
 from finetune_operator.config import Settings
 from finetune_operator.kube import (
@@ -47,6 +48,7 @@ from finetune_operator.observe import (
     read_warnings,
     read_workload,
 )
+from finetune_operator.pace import pace_of
 from finetune_operator.plan import Plan, plan
 from finetune_operator.progress import ProgressReader
 from finetune_operator.resource import FineTuneJob, format_time
@@ -83,6 +85,7 @@ class Reconciler:
         self._again = again
         self._clock = clock
         self._errors: dict[Key, int] = {}
+        self._phases: dict[Key, Phase | None] = {}
 
     async def __call__(self, key: Key) -> None:
         """Bring one job forward. Never raises; what fails is tried again."""
@@ -115,6 +118,7 @@ class Reconciler:
         body = await self._kube.get(FINETUNE_JOBS, key.namespace, key.name)
         if body is None:
             self._metrics.forget(key.namespace, key.name)
+            self._phases.pop(key, None)
             return None
         job = FineTuneJob.parse(body)
         logs.add(uid=job.uid)
@@ -123,7 +127,7 @@ class Reconciler:
         if job.status_problem:
             log.warning("%s/%s is left alone: %s", job.namespace, job.name, job.status_problem)
         seen = await self._observe(job)
-        planned = plan(job, seen, self._settings, self._clock())
+        planned = self._plan(job, seen)
         if planned.status.attempt is not None:
             logs.add(stage=planned.status.attempt.stage, attempt=planned.status.attempt.number)
         if planned.needs_events_of is not None:
@@ -131,25 +135,29 @@ class Reconciler:
             selector = f"involvedObject.kind={kind},involvedObject.name={name}"
             events = await self._kube.list(EVENTS, job.namespace, fieldSelector=selector)
             seen = replace(seen, warnings=read_warnings(events))
-            planned = plan(job, seen, self._settings, self._clock())
+            planned = self._plan(job, seen)
         if planned.needs_workload_of is not None:
             seen = replace(seen, **await self._ask_kueue(job, planned.needs_workload_of))
-            planned = plan(job, seen, self._settings, self._clock())
+            planned = self._plan(job, seen)
         obstacle = await self._create(job, planned)
         if obstacle is not None:
-            planned = plan(job, replace(seen, **obstacle), self._settings, self._clock())
+            planned = self._plan(job, replace(seen, **obstacle))
         for child in planned.delete:
             await self._kube.delete(JOBS, job.namespace, child.name, child.uid, child.resource_version)
             log.info("%s/%s: deleted Job %s", job.namespace, job.name, child.name)
         await self._write_status(job, planned)
         # At once: the next look will see a status in which nothing has changed.
         self._metrics.observe(job, planned.status)
+        self._phases[key] = planned.status.phase
         for note in planned.notes:
             await self._record(job, note)
         if planned.expired:
             await self._kube.delete(FINETUNE_JOBS, job.namespace, job.name, job.uid, job.resource_version)
             log.info("%s/%s: deleted, its time to live is over", job.namespace, job.name)
         return planned.look_again
+
+    def _plan(self, job: FineTuneJob, seen: Observation) -> Plan:
+        return plan(job, seen, self._settings, self._clock(), pace_of(self._settings, self._phases.values()))
 
     # Looking
 

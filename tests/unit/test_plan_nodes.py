@@ -27,6 +27,7 @@ from finetune_api.names import Stage
 from finetune_api.report import Report, StepProgress
 from finetune_api.status import CheckpointResult, Phase
 from finetune_operator.plan import NODE_LOST_SECONDS
+from finetune_operator.resource import format_time
 
 TRAIN = Stage.TRAIN
 NODES = 4
@@ -166,7 +167,8 @@ class TestEnding:
     def test_a_culprit_whose_object_is_gone_is_not_mixed_up_with_the_first_pod(self, story: Story) -> None:
         story.look([child()], pods(), live=at_work())
         lost = failure_report(TRAIN, 1, FailureClass.COMMUNICATION, "lost", log_uri="s3://w/log")
-        left = [pod for pod in pods(p0=ended_pod(TRAIN, 1, 84, lost)) if "-2-" not in pod["metadata"]["name"]]
+        ended = {f"p{index}": ended_pod(TRAIN, 1, 84, lost) for index in range(NODES)}
+        left = [pod for pod in pods(**ended) if "-2-" not in pod["metadata"]["name"]]
         story.look([failing(2, 84)], left)
         failure = story.job.status.failure
         assert failure is not None
@@ -210,7 +212,97 @@ class TestEnding:
         failure = story.job.status.failure
         assert failure is not None
         assert (failure.failure_class, failure.pod) == (FailureClass.NODE_LOST, "bot-train-1-2-x7k2p")
-        # The others still run, and are waited for; then the Job goes, which waits for the lost one.
-        assert deleted(planned) == []
+        assert deleted(planned) == ["bot-train-1"], "the others cannot train without it, and the Job does not know"
+        stopping = running_pod(TRAIN, 1, delete_by=story.now + timedelta(seconds=60))
+        planned = story.look([], pods(p0=stopping, p1=stopping, p2=gone, p3=stopping))
+        assert created(planned) == [], "they still save"
+        planned = story.look([], pods(p2=gone)[2:3])
+        assert created(planned)[-1] == "Job/bot-train-2"
+        assert story.body["status"]["restarts"]["preemptions"] == 1
+
+    def test_what_the_others_could_see_of_a_lost_node_is_one_too(self, story: Story) -> None:
+        """They lose it long before Kubernetes gives it up, and so the Job has failed by then."""
+        story.look([child()], pods(), live=at_work())
+        gone = running_pod(TRAIN, 1, delete_by=NOW)
         ended = {f"p{index}": ended_pod(TRAIN, 1, 84) for index in (0, 1, 3)}
-        assert deleted(story.look([failing(0, 84)], pods(**ended, p2=gone))) == ["bot-train-1"]
+        story.look([failing(0, 84)], pods(**ended, p2=gone), after=1)
+        assert story.job.status.failure is None, "it may just be late"
+        planned = story.look([failing(0, 84)], pods(**ended, p2=gone), after=NODE_LOST_SECONDS + 1)
+        failure = story.job.status.failure
+        assert failure is not None
+        assert (failure.failure_class, failure.pod) == (FailureClass.NODE_LOST, "bot-train-1-2-x7k2p")
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
+        assert deleted(planned) == ["bot-train-1"], "it waits for the lost pod"
+
+    def test_what_a_drain_saves_is_known(self) -> None:
+        """The pod that is drained has little to save, and is gone while the first one still uploads."""
+        story = Story(resources={"nodes": NODES, "gpusPerNode": 2}, failurePolicy={"backoffSeconds": 3600})
+        story.prepared()
+        text = "Pod team/bot-train-1-3-x7k2p has condition DisruptionTarget matching FailJob rule at index 0"
+        drained = child(("FailureTarget", "PodFailurePolicy", text))
+        live = report(TRAIN, phase="Saving", resumed_from_step=0, progress=StepProgress(step=5, total_steps=9))
+        story.look([child()], pods(), live=live)
+        stopping = running_pod(TRAIN, 1, delete_by=NOW + timedelta(seconds=60))
+        last = ended_pod(TRAIN, 1, 75)
+        planned = story.look([drained], pods(p0=stopping, p1=stopping, p2=stopping, p3=last), live=live)
+        assert (story.job.status.failure, planned.delete, created(planned)) == (None, (), [])
+        (running,) = [item for item in story.body["status"]["conditions"] if item["type"] == "Running"]
+        assert "(bot-train-1-3-x7k2p); the others save" in running["message"]
+        saved = live.model_copy(update={"checkpoint": CheckpointResult(step=5, uri="s3://w/5")})
+        ended = ended_pod(TRAIN, 1, 75, saved)
+        planned = story.look([drained], pods(p0=ended, p1=last, p2=last, p3=last))
+        status = story.job.status
+        assert status.checkpoint is not None
+        assert status.checkpoint.step == 5
+        assert status.failure is not None
+        assert (status.failure.failure_class, status.failure.pod) == (FailureClass.PREEMPTED, "bot-train-1-3-x7k2p")
+        assert status.restart_time == format_time(NOW), "there is progress to go on from"
+
+    def test_a_pod_that_was_deleted_before_it_ran_is_not_the_first_one(self, story: Story) -> None:
+        words = ("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+        ended = {f"p{index}": ended_pod(TRAIN, 1, 75) for index in range(NODES)}
+        story.look([child(("FailureTarget", *words), ("Failed", *words))], pods(**ended)[:3])
+        failure = story.job.status.failure
+        assert failure is not None
+        assert (failure.failure_class, failure.pod, failure.node) == (FailureClass.TERMINATED, None, None)
+
+
+class TestQueue:
+    """In a queue the Job outlives pods that are told to stop, and their objects may stay."""
+
+    @pytest.fixture
+    def story(self) -> Story:
+        started = Story(resources={"nodes": NODES}, scheduling={"queueName": "team-a"}, activeDeadlineSeconds=1000)
+        started.prepared()
+        return started
+
+    def test_an_eviction_is_one_whatever_stays_of_the_pods(self, story: Story) -> None:
+        story.look([child(queue="team-a")], pods(), live=at_work())
+        left = pods(**{f"p{index}": ended_pod(TRAIN, 1, 75) for index in range(NODES)})[:2]
+        for _ in range(3):
+            planned = story.look([child(queue="team-a", suspended=True)], left, after=2000)
+            assert planned.status.phase is Phase.QUEUED
+            assert story.body["status"]["restarts"]["preemptions"] == 1
+        assert story.body["status"]["usage"]["activeSeconds"] == 40, "those of prepare and of train ran for 20 s each"
+        # It is admitted again.
+        new = [of_node(index, running_pod(TRAIN, since=story.now)) for index in range(NODES)]
+        for pod in new:
+            pod["metadata"]["name"] += "2"
+        planned = story.look([child(queue="team-a")], left + new, live=at_work())
+        assert planned.status.phase is Phase.RUNNING
+        assert story.condition("Failed") is None
+        assert story.body["status"]["restarts"]["preemptions"] == 1
+
+    def test_what_was_saved_at_an_eviction_is_known(self, story: Story) -> None:
+        story.look([child(queue="team-a")], pods())
+        left = pods(**{f"p{index}": ended_pod(TRAIN, 1, 75, at_work()) for index in range(NODES)})
+        story.look([child(queue="team-a", suspended=True)], left)
+        assert story.body["status"]["checkpoint"]["step"] == 4
+
+    def test_pods_that_lost_each_other_in_an_eviction_cost_nothing(self, story: Story) -> None:
+        story.look([child(queue="team-a")], pods(), live=at_work())
+        ended = pods(**{f"p{index}": ended_pod(TRAIN, 1, 84) for index in range(NODES)})
+        job = failing(0, 84, gone=True)
+        job["spec"]["suspend"] = True
+        story.look([job], ended)
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}

@@ -406,8 +406,9 @@ def logs(target: Target, name: str, stage: str | None, attempt: int | None, foll
                 hint = f": its log is below {kept}" if kept else ""
                 raise Stop(f"there is no pod for this{hint}", EXIT_CLUSTER)
             query = {"follow": "true"} if following else {}
-            # Of several pods the first one knows most.
-            pod = next((pod for pod in reversed(pods) if pod.index == 0), pods[-1])
+            # Of several pods of the newest attempt the first one knows most.
+            newest = [pod for pod in pods if (pod.stage, pod.attempt) == (pods[-1].stage, pods[-1].attempt)]
+            pod = next((pod for pod in reversed(newest) if pod.index == 0), newest[-1])
             async for piece in kube.stream_log(namespace, pod.name, container="main", **query):
                 sys.stdout.buffer.write(piece)
                 sys.stdout.buffer.flush()
