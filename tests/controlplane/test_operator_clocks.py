@@ -176,3 +176,9 @@ def test_kubectl_patches_suspend(kubectl: Kubectl, job: Job, operator: OperatorP
     kubectl.run("patch", "ftj", "bot", "--type=merge", "-p", '{"spec":{"suspend":true}}')
     job.until(phase="Suspended")
     assert "SuspendedByUser" in kubectl.run("describe", "ftj", "bot")
+    columns = ("get", "ftj", "bot", "--no-headers")
+    assert "Suspended" in kubectl.run(*columns)
+    kubectl.run("patch", "ftj", "bot", "--type=merge", "-p", '{"spec":{"suspend":false}}')
+    job.until(phase="Pending")
+    # The newest condition is still the one about suspending.
+    assert "Suspended" not in kubectl.run(*columns)

@@ -16,7 +16,7 @@ from finetune_api import crd, report, uri
 from finetune_api.document import JobDocument, JobIdentity, spec_digest
 from finetune_api.failures import RULES, Disposition, FailureClass, class_of_exit_code, disposition_of, exit_code_of
 from finetune_api.names import Stage, child_name
-from finetune_api.spec import MAX_NAME_LENGTH, FineTuneJobSpec
+from finetune_api.spec import MAX_NAME_LENGTH, Checkpoint, FineTuneJobSpec
 from finetune_api.status import (
     ArtifactResult,
     CheckpointResult,
@@ -303,3 +303,8 @@ def test_the_status_at_the_maximum_of_every_list_and_string_stays_under_40_kib()
 def test_examples_are_valid_yaml_documents() -> None:
     for path in (ROOT / "examples").rglob("*.yaml"):
         assert list(yaml.safe_load_all(path.read_text())), path
+
+
+def test_checkpoints_are_saved_without_asking() -> None:
+    checkpoint = Checkpoint()
+    assert (checkpoint.every_seconds, checkpoint.keep_last) == (600, 2)

@@ -38,6 +38,14 @@ def table(page: str) -> list[list[str]]:
     return [row for row in rows if re.fullmatch(r"`\w+`", row[0])]
 
 
+def test_tests_that_pages_name_are_there() -> None:
+    """A test is named by its file and its name, without classes and parameters."""
+    named = {match for page in PAGES for match in re.findall(r"`(tests/\S+\.py)::(\w+)`", page.read_text())}
+    assert len(named) > 10
+    for path, name in sorted(named):
+        assert re.search(rf"def {name}\(", (ROOT / path).read_text()), f"{path}::{name}"
+
+
 def test_every_failure_class_is_explained_as_it_is() -> None:
     rows = {row[0].strip("`"): row for row in table("failures.md")}
     assert set(rows) == {str(name) for name in RULES}

@@ -29,7 +29,7 @@ from builders import (
 
 from finetune_api.failures import RULES, Disposition, FailureClass, disposition_of
 from finetune_api.names import DOCUMENT_FILE, Stage
-from finetune_api.report import Report, StepProgress
+from finetune_api.report import Outcome, Report, StepProgress
 from finetune_api.status import (
     ArtifactResult,
     CheckpointResult,
@@ -407,6 +407,13 @@ class TestProgress:
         assert status.progress.loss == "1.2346"
         assert status.attempt is not None
         assert status.attempt.resumed_from_step == 39
+
+    def test_training_that_was_stopped_is_not_done(self) -> None:
+        story = Story()
+        story.prepared()
+        stopped = report(TRAIN, outcome=Outcome.FAILED, progress=progress(40))
+        story.look([exited(TRAIN, 1, 75)], [ended_pod(TRAIN, 1, 75, stopped)])
+        assert story.body["status"]["progress"]["percent"] == "40%"
 
     def test_words_of_another_attempt_or_job_do_not_count(self) -> None:
         story = Story()

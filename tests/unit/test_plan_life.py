@@ -163,9 +163,11 @@ class TestSuspending:
             story.look(*running(TRAIN, attempt))
             suspend(story)
             story.look(*running(TRAIN, attempt))
-            assert story.look().status.phase is Phase.SUSPENDED
+            assert story.look([], [ended_pod(TRAIN, attempt, 75)]).status.phase is Phase.SUSPENDED
             suspend(story, False)
             assert created(story.look())[1] == f"Job/bot-train-{attempt + 1}"
+            active = story.body["status"]["usage"]["activeSeconds"]
+            assert active == 20 * (attempt + 1), "that of prepare and of each attempt"
 
     def test_a_child_that_a_queue_keeps_back_is_queued(self) -> None:
         story = Story()
