@@ -137,6 +137,8 @@ class Observation:
     """It refuses because the child is not valid, so that no waiting helps."""
     live: Report | None = None
     """What the running pod says."""
+    alive: frozenset[str] = frozenset()
+    """Names of the pods that have answered."""
     unreachable: str = ""
     """Why the running pod could not be asked; empty when it was not tried or answered."""
 

@@ -457,10 +457,9 @@ class _Stage:
 
     def _note_overdue(self) -> None:
         attempt = self.draft.attempt_number(self.stage)
-        answers = self._report(attempt, None) is not None  # of several pods the first one is asked
         self.draft.note_overdue(
             any(
-                pod.delete_by is not None and pod.delete_by < self.now and not (answers and pod.index == 0)
+                pod.delete_by is not None and pod.delete_by < self.now and pod.name not in self.seen.alive
                 for pod in self.seen.pods_of(self.stage, attempt)
                 if not pod.finished
             )

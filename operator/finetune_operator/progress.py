@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import aiohttp
 
@@ -38,6 +39,10 @@ class ProgressReader:
                 return None, type(error).__name__
         report = decode(body)
         return (report, "") if report is not None else (None, "no report in the answer")
+
+    async def read_all(self, addresses: Sequence[str]) -> Sequence[tuple[Report | None, str]]:
+        """The reports of several pods, asked at the same time."""
+        return await asyncio.gather(*(self.read(address) for address in addresses))
 
     async def close(self) -> None:
         if self._session is not None:

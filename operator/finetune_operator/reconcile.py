@@ -172,9 +172,17 @@ class Reconciler:
         # Of the newest attempt the first one speaks: an older one may be on a node that is lost. A pod that was told to
         # stop still speaks while it saves.
         running = next((pod for pod in reversed(pods) if pod.running and pod.ip and pod.index == 0), None)
+        # Of the others, those that should end soon: a pod that answers is not on a lost node.
+        asked = [pod for pod in pods if pod is running or (pod.running and pod.ip and pod.delete_by is not None)]
+        answers = dict(zip(asked, await self._reader.read_all([pod.ip for pod in asked]), strict=True))
         if running is not None:
-            live, unreachable = await self._reader.read(running.ip)
-        return Observation(jobs, pods, live=live, unreachable=unreachable)
+            live, unreachable = answers[running]
+        alive = frozenset(
+            pod.name
+            for pod, (said, _) in answers.items()
+            if said is not None and (said.job_uid, said.stage, said.attempt) == (job.uid, pod.stage, pod.attempt)
+        )
+        return Observation(jobs, pods, live=live, unreachable=unreachable, alive=alive)
 
     async def _ask_kueue(self, job: FineTuneJob, child: ChildJob) -> dict[str, Any]:
         """What Kueue says of a Job, as fields of the observation."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from world import FAULTS, GRACE, Fault, Object, Storage, World, is_open, owner_of, position
+from world import FAULTS, GRACE, Fault, Object, Storage, World, index_of, is_open, owner_of, position, runs
 
-from finetune_api.failures import RULES, FailureClass
+from finetune_api.failures import RULES, FailureClass, exit_code_of
 from finetune_api.names import Stage
 from finetune_api.status import MAX_HISTORY
 from finetune_operator.observe import Observation, read_jobs, read_pods
@@ -50,13 +50,14 @@ class Life(RuleBasedStateMachine):
 
     @initialize(
         gpus=st.sampled_from([0, 4]),
+        nodes=st.sampled_from([1, 2]),
         backoff=st.sampled_from([0, 30]),
         deadline=st.sampled_from([None, 600]),
         waiting=st.sampled_from([None, 900]),
         ttl=st.sampled_from([None, 100]),
         attentive=st.booleans(),
         queued=st.booleans(),
-        begun=st.sampled_from([0, 0, 1, 2, 3, 3, 3, 5, 6]),
+        begun=st.sampled_from([0, 1, 2, 3, 3, 4, 4, 4, 6]),
         rules=st.lists(
             st.fixed_dictionaries(
                 {
@@ -70,6 +71,7 @@ class Life(RuleBasedStateMachine):
     def apply(
         self,
         gpus: int,
+        nodes: int,
         backoff: int,
         deadline: int | None,
         waiting: int | None,
@@ -85,7 +87,7 @@ class Life(RuleBasedStateMachine):
             "ttlSecondsAfterFinished": ttl,
         }
         self.spec: Object = {
-            "resources": {"gpusPerNode": gpus},
+            "resources": {"gpusPerNode": gpus, "nodes": nodes},
             "scheduling": {"queueName": "q", "cpuQueueName": "q"} if queued else {},
             "failurePolicy": {"maxRestarts": MAX_RESTARTS, "backoffSeconds": backoff, "rules": rules},
             **{key: value for key, value in limits.items() if value is not None},
@@ -172,6 +174,11 @@ class Life(RuleBasedStateMachine):
         if pod := self._pick(index, "Running"):
             self.world.fail(pod, code, "OOMKilled" if code == 137 else "Error")
 
+    @rule(index=index)
+    def pod_loses_another_one(self, index: int) -> None:
+        if (pod := self._pick(index, "Running")) and not self.world.all_run(pod):
+            self.world.fail(pod, exit_code_of(FailureClass.COMMUNICATION))
+
     @rule(index=index, disrupted=st.booleans())
     def pod_is_deleted(self, index: int, disrupted: bool) -> None:
         """By a person, or by a preemption."""
@@ -214,10 +221,10 @@ class Life(RuleBasedStateMachine):
     def user_edits_the_deadline(self, value: int | None) -> None:
         self.world.edit(activeDeadlineSeconds=value)
 
-    @rule(gpus=st.sampled_from([0, 2, 4]))
-    def user_edits_the_resources(self, gpus: int) -> None:
+    @rule(gpus=st.sampled_from([0, 2, 4]), nodes=st.sampled_from([1, 2]))
+    def user_edits_the_resources(self, gpus: int, nodes: int) -> None:
         if self.world.job is not None and self.world.job["spec"].get("suspend"):
-            self.world.edit(resources={"gpusPerNode": gpus})
+            self.world.edit(resources={"gpusPerNode": gpus, "nodes": nodes})
 
     @rule(refuses=st.booleans())
     def webhook_changes_its_mind(self, refuses: bool) -> None:
@@ -384,9 +391,23 @@ class Life(RuleBasedStateMachine):
                 if pod["spec"]["nodeName"] in self.world.lost_nodes or not attempt.get("startTime"):
                     continue
                 stage, number = position(pod)
+                if index_of(pod) > 0:
+                    continue  # the first one speaks
                 said = pod["trainer"]["report"].checkpoint
                 if (stage, number) == (attempt["stage"], attempt["number"]) and said and not attempt.get("endTime"):
                     assert (status.get("checkpoint") or {}).get("step") == said.step
+
+    @invariant()
+    def pods_of_an_attempt_that_has_ended_are_told(self) -> None:
+        for uid, status in self._status():
+            attempt = status.get("attempt") or {}
+            if not self.attentive or not attempt.get("endTime"):
+                continue
+            own = {job["metadata"]["uid"]: job for job in self.world.children() if owner_of(job) == uid}
+            for pod in self.world.live_pods():
+                job = own.get(owner_of(pod))
+                told = job is None or "deletionTimestamp" in pod["metadata"] or job["status"]["conditions"]
+                assert told or position(pod) != (attempt["stage"], attempt["number"]), "nobody tells a pod to stop"
 
     @invariant()
     def the_same_picture_gives_the_same_plan(self) -> None:
@@ -493,7 +514,7 @@ class Life(RuleBasedStateMachine):
         """No attempt begins to read what an older one still writes."""
         uid, (stage, attempt) = pod["trainer"]["uid"], position(pod)
         for other in self.world.live_pods():
-            if other is not pod and other["trainer"]["uid"] == uid and other["status"]["phase"] == "Running":
+            if owner_of(other) != owner_of(pod) and other["trainer"]["uid"] == uid and runs(other):
                 assert self.world.is_lost(other), f"{stage} {attempt} starts while {position(other)} runs"
         for number in pod["trainer"]["document"].earlier_attempts:
             assert number < attempt or stage is Stage.EXPORT

@@ -141,6 +141,11 @@ def nothing_is_learnt_from_reports(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(status.Draft, "learn", lambda *_: None)
 
 
+def a_job_is_left_when_its_attempt_has_ended(patch: pytest.MonkeyPatch) -> None:
+    following = plan._Stage._next
+    patch.setattr(plan._Stage, "_next", lambda *arguments: replace(following(*arguments), delete=()))
+
+
 BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_restart_is_not_counted,
     preemptions_are_charged_beyond_the_limit,
@@ -156,4 +161,5 @@ BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     no_job_expires,
     a_job_expires_at_once,
     nothing_is_learnt_from_reports,
+    a_job_is_left_when_its_attempt_has_ended,
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from finetune_api import API_VERSION, KIND
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, exit_code_of
-from finetune_api.names import CONTAINER, DOCUMENT_FILE, LABEL_ATTEMPT, LABEL_STAGE, Stage
+from finetune_api.names import COMPLETION_INDEX, CONTAINER, DOCUMENT_FILE, LABEL_ATTEMPT, LABEL_STAGE, Stage
 from finetune_api.report import Outcome, Report, StepProgress
 from finetune_api.status import CheckpointResult
 from finetune_operator.config import Settings
@@ -217,7 +217,10 @@ class World:
 
     # The progress of a running pod, as `ProgressReader` shows it
 
-    async def read(self, address: str) -> tuple[Report | None, str]:
+    async def read_all(self, addresses: Sequence[str]) -> list[tuple[Report | None, str]]:
+        return [self._read(address) for address in addresses]
+
+    def _read(self, address: str) -> tuple[Report | None, str]:
         pod = next((pod for pod in self.pods() if pod["status"].get("podIP") == address), None)
         if pod is None or self._unreachable or pod["spec"]["nodeName"] in self.lost_nodes:
             return None, "TimeoutError"
@@ -250,15 +253,13 @@ class World:
     # Time
 
     def sleep(self, seconds: float) -> None:
-        for pod in self.pods():
+        for owner in {owner_of(pod) for pod in self.pods()}:
+            pods = [pod for pod in self.pods() if owner_of(pod) == owner]
+            uid = pods[0]["trainer"]["uid"]
             # Until the Job controller has seen that a pod has ended, it ran for all that the cluster will remember.
-            phase = pod["status"]["phase"]
-            began = "containerStatuses" in pod["status"]
-            counts = phase == "Running" or (began and not self._ended(pod))
-            uid = pod["trainer"]["uid"]
-            if counts:
+            if any(runs(pod) or ("containerStatuses" in pod["status"] and not self._ended(pod)) for pod in pods):
                 self.ran[uid] = self.ran.get(uid, 0.0) + seconds
-            if phase == "Running" and pod["spec"]["nodeName"] not in self.lost_nodes:
+            if self.all_run(pods[0]) and not any(pod["spec"]["nodeName"] in self.lost_nodes for pod in pods):
                 self.surely_ran[uid] = self.surely_ran.get(uid, 0.0) + seconds
         self.now += timedelta(seconds=seconds)
 
@@ -318,15 +319,24 @@ class World:
                     kind = "Failed" if decided["type"] == "FailureTarget" else "Complete"
                     self._decide(job, kind, decided["reason"], decided["message"])
                 continue
-            ended = next((pod for pod in pods if pod["status"]["phase"] in ("Succeeded", "Failed")), None)
-            if ended is not None:
-                self._judge(job, ended)
+            failed = [pod for pod in pods if pod["status"]["phase"] == "Failed" and not pod["trainer"]["ignored"]]
+            indexes = range(job["spec"]["completions"])
+            succeeded = {index_of(pod) for pod in pods if pod["status"]["phase"] == "Succeeded"}
+            there = succeeded | {index_of(pod) for pod in pods if pod["status"]["phase"] in ("Pending", "Running")}
+            if failed:
+                self._judge(job, failed[0])
+            elif len(succeeded) == len(indexes):
+                self._decide(
+                    job, "SuccessCriteriaMet", "CompletionsReached", "Reached expected number of succeeded pods"
+                )
             elif job["spec"].get("suspend"):
                 for pod in pods:
                     self.stop(pod)
-            elif not pods and self.quota:
+            elif self.quota:
                 status.setdefault("startTime", format_time(self.now))
-                self._make_pod(job)
+                for index in indexes:
+                    if index not in there:
+                        self._make_pod(job, index)
         for pod in self.pods():
             owner = owner_of(pod)
             finished = pod["status"]["phase"] in ("Succeeded", "Failed")
@@ -340,17 +350,16 @@ class World:
 
     def _judge(self, job: Object, pod: Object) -> None:
         name = f"{NAMESPACE}/{pod['metadata']['name']}"
-        if pod["status"]["phase"] == "Succeeded":
-            self._decide(job, "SuccessCriteriaMet", "CompletionsReached", "Reached expected number of succeeded pods")
-            return
         ended = (pod["status"].get("containerStatuses") or [{}])[0].get("state", {}).get("terminated")
         disrupted = any(condition["type"] == "DisruptionTarget" for condition in pod["status"].get("conditions", []))
         if disrupted:
             text = f"Pod {name} has condition DisruptionTarget matching FailJob rule at index 0"
             self._decide(job, "FailureTarget", "PodFailurePolicy", text)
         elif ended is not None and self._ignores(job, ended["exitCode"]):
-            # The pod goes and does not count; unless the Job is suspended, there will be another one.
-            self.objects.pop(("pods", pod["metadata"]["name"]), None)
+            # The pod does not count; unless the Job is suspended, there will be another one.
+            pod["trainer"]["ignored"] = True
+            if "deletionTimestamp" in pod["metadata"]:
+                del self.objects["pods", pod["metadata"]["name"]]
         elif ended is not None:
             text = (
                 f"Container {CONTAINER} for pod {name} failed with exit code {ended['exitCode']} matching FailJob "
@@ -370,21 +379,23 @@ class World:
         job["status"]["conditions"].append(condition)
         self.touch(job)
 
-    def _make_pod(self, job: Object) -> None:
+    def _make_pod(self, job: Object, index: int) -> None:
         self._counter += 1
-        name = f"{job['metadata']['name']}-0-{self._counter}"
+        name = f"{job['metadata']['name']}-{index}-{self._counter}"
         (volume,) = [v for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "document"]
         config_map = self.objects["configmaps", volume["configMap"]["name"]]
         document = JobDocument.model_validate(json.loads(config_map["data"][DOCUMENT_FILE]))
         limits = job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
         if document.stage is Stage.TRAIN:
             assert document.processes == max(1, int(limits.get("nvidia.com/gpu", 0))), "a document of another Job"
+            assert document.nodes == job["spec"]["completions"], "a document of another Job"
         pod = self.add(
             "pods",
             {
                 "metadata": {
                     "name": name,
                     "labels": job["spec"]["template"]["metadata"]["labels"],
+                    "annotations": {COMPLETION_INDEX: str(index)},
                     "ownerReferences": [
                         {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
                     ],
@@ -396,6 +407,7 @@ class World:
         pod["trainer"] = {
             "uid": document.job.uid,
             "document": document,
+            "ignored": False,
             "report": Report(job_uid=document.job.uid, stage=document.stage, attempt=document.attempt),
         }
 
@@ -420,7 +432,7 @@ class World:
             {"name": CONTAINER, "state": {"running": {"startedAt": format_time(self.now)}}}
         ]
         trainer = pod["trainer"]
-        if trainer["document"].stage is Stage.TRAIN:
+        if trainer["document"].stage is Stage.TRAIN and index_of(pod) == 0:
             storage = self.storage[trainer["uid"]]
             document = trainer["document"]
             numbers = [document.attempt, *document.earlier_attempts]
@@ -431,7 +443,7 @@ class World:
     def train(self, pod: Object, steps: int) -> None:
         """Some steps, and a checkpoint after them."""
         trainer = pod["trainer"]
-        if trainer["document"].stage is not Stage.TRAIN or pod["status"]["phase"] != "Running":
+        if trainer["document"].stage is not Stage.TRAIN or index_of(pod) > 0 or not self.all_run(pod):
             return
         step = min(STEPS - 1, trainer["report"].progress.step + steps)
         self.storage[trainer["uid"]].checkpoints[trainer["document"].attempt] = step
@@ -443,7 +455,24 @@ class World:
         progress = StepProgress(step=step, total_steps=STEPS, step_seconds=STEP_SECONDS)
         trainer["report"] = trainer["report"].model_copy(update={"progress": progress})
 
+    def all_run(self, pod: Object) -> bool:
+        """All pods of its Job train together."""
+        running = {index_of(other) for other in self.pods() if owner_of(other) == owner_of(pod) and runs(other)}
+        document = pod["trainer"]["document"]
+        return len(running) == (document.nodes if document.stage is Stage.TRAIN else 1)
+
     def succeed(self, pod: Object) -> None:
+        """Pods that train together end together."""
+        if not self.all_run(pod):
+            return
+        for other in self.pods():
+            if owner_of(other) == owner_of(pod) and runs(other):
+                self._succeed(other)
+
+    def _succeed(self, pod: Object) -> None:
+        if index_of(pod) > 0:
+            self._end(pod, 0)
+            return
         trainer = pod["trainer"]
         document, storage = trainer["document"], self.storage[trainer["uid"]]
         if document.stage is Stage.PREPARE:
@@ -532,6 +561,14 @@ def _shown(item: Object) -> Object:
 def owner_of(item: Object) -> str:
     uid: str = item["metadata"]["ownerReferences"][0]["uid"]
     return uid
+
+
+def index_of(pod: Object) -> int:
+    return int(pod["metadata"]["annotations"][COMPLETION_INDEX])
+
+
+def runs(pod: Object) -> bool:
+    return bool(pod["status"]["phase"] == "Running")
 
 
 def position(item: Object) -> tuple[Stage, int]:

@@ -348,7 +348,8 @@ class TestLostNodes:
         story.prepared()
         jobs, pods = [child_job(TRAIN)], [running_pod(TRAIN, delete_by=NOW)]
         for _ in range(10):
-            story.look(jobs, pods, live=saved(TRAIN, 1, 0, 40), after=60)
+            alive = frozenset({pods[0]["metadata"]["name"]})
+            story.look(jobs, pods, live=saved(TRAIN, 1, 0, 40), alive=alive, after=60)
         assert "failure" not in story.body["status"]
         story.look(jobs, pods, after=1)
         story.look(jobs, pods, after=NODE_LOST_SECONDS)

@@ -220,6 +220,12 @@ class TestEnding:
         assert created(planned)[-1] == "Job/bot-train-2"
         assert story.body["status"]["restarts"]["preemptions"] == 1
 
+    def test_a_pod_that_answers_is_not_lost_whichever_it_is(self, story: Story) -> None:
+        late = running_pod(TRAIN, 1, delete_by=NOW - timedelta(seconds=1))
+        for _ in range(3):
+            story.look([child()], pods(p2=late), live=at_work(), alive=frozenset({"bot-train-1-2-x7k2p"}), after=60)
+        assert story.job.status.failure is None
+
     def test_what_the_others_could_see_of_a_lost_node_is_one_too(self, story: Story) -> None:
         """They lose it long before Kubernetes gives it up, and so the Job has failed by then."""
         story.look([child()], pods(), live=at_work())
