@@ -25,7 +25,9 @@ from finetune_trainer.storage import Folder, open_folder
 
 MakeJob = Callable[..., TestJob]
 IMPATIENT = """
-def apply(peers):
+def apply(agent):
+    agent.PEER_GRACE_SECONDS = 0.5
+    peers = agent.peers
     peers.BEAT_SECONDS = 0.1
     peers.SILENCE_SECONDS = {silence}
     peers.SILENCE_SECONDS_AT_THE_END = {at_the_end}
@@ -49,7 +51,7 @@ def nodes(job: TestJob, tmp_path: Path) -> Callable[..., Nodes]:
         environment = {
             "TEST_INJECT": f"finetune_trainer.layout={INJECT / 'stages_of_the_test.py'}",
             "TEST_STAGES": str(source),
-            "TEST_INJECT_ALSO": f"finetune_trainer.peers={patch}",
+            "TEST_INJECT_ALSO": f"finetune_trainer.agent={patch}",
         }
         return job.nodes(environment=environment, **options)
 
@@ -189,6 +191,56 @@ class TestEnds:
         assert first.wait(60) == 75
         assert failure_of(first).failure_class is FailureClass.TERMINATED
         assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+
+    def test_a_pod_that_was_not_told_to_stop_may_save(self, nodes: Callable[..., Nodes]) -> None:
+        """Of its processes only the first has something to save; the others are gone long before it."""
+        first, second = nodes(
+            """
+            told = []
+            signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+            if RANK == 0:
+                time.sleep(3)
+                raise JobError(FailureClass.TERMINATED, 'interrupted' if told else 'a checkpoint was saved')
+            raise JobError(FailureClass.TERMINATED, 'stopped')
+            """,
+            processes=2,
+        ).start_all()
+        first.until(lambda: has_ended(first))
+        failure = failure_of(first)
+        assert (failure.failure_class, failure.message) == (FailureClass.TERMINATED, "a checkpoint was saved")
+        first.kill_all()
+        second.kill_all()
+
+    def test_a_pod_that_was_not_told_to_stop_may_not_save_for_ever(
+        self, nodes: Callable[..., Nodes], job: TestJob
+    ) -> None:
+        checkpoint = job.spec.checkpoint.model_copy(update={"grace_period_seconds": 10})
+        first, second = nodes(
+            f"""
+            if RANK == 0:
+                {HANG}
+            raise JobError(FailureClass.TERMINATED, 'stopped')
+            """,
+            processes=2,
+            spec=job.spec.model_copy(update={"checkpoint": checkpoint}),
+        ).start_all()
+        assert [first.wait(60), second.wait(60)] == [75, 75]
+
+    def test_the_first_pod_waits_for_the_others_in_the_end(self, nodes: Callable[..., Nodes]) -> None:
+        """All has been handed over, and one does not come to the last barrier."""
+        first, second = nodes(
+            f"""
+            if RANK == 0:
+                reporter.phase('Done')
+            {HANG}
+            """,
+            silence=2,
+        ).start_all()
+        first.until(lambda: first.message and first.report.phase == "Done")
+        second.kill_all()
+        first.until(lambda: has_ended(first))
+        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+        first.kill_all()
 
 
 class TestParts:

@@ -64,8 +64,8 @@ STORE_SECONDS = 20.0
 """Log and report are stored best-effort: a storage that hangs must not hold the GPUs."""
 HOLD_SECONDS = 15.0
 """A pod that lost another one waits so long for its own removal, so that the other one is seen to be the cause."""
-ALONE = ("Saving", "Done")
-"""Phases in which the first pod needs no other one."""
+ALONE = "Saving"
+"""The phase in which the first pod needs no other one."""
 
 
 @dataclass
@@ -164,8 +164,12 @@ class Agent:
             failed = [child for child in self._ended if child.exit_code != 0]
             if failed and cause is None:
                 cause = failed[0]
+                stopped = self._class_said(cause) is FailureClass.TERMINATED
+                if stopped and not self._terminating and self._nodes > 1:
+                    # Another pod was told to stop, and all save together. Nobody else would end one that hangs.
+                    kill_at = time.monotonic() + self._document.spec.checkpoint.grace_period_seconds
                 # When all were asked to stop, the others have the whole grace period to save.
-                if not (self._terminating and self._class_said(cause) is FailureClass.TERMINATED):
+                elif not (stopped and self._terminating):
                     self._signal(signal.SIGTERM)
                     kill_at = time.monotonic() + PEER_GRACE_SECONDS
             if not stalled and cause is None and step == "train" and self._is_stalled():
@@ -287,7 +291,7 @@ class Agent:
 
     def _lost_peers(self) -> str:
         """Which pods are gone without whom training cannot go on; empty when none is."""
-        if self._peers is None or (self._node == 0 and self.report().phase in ALONE):
+        if self._peers is None or (self._node == 0 and self.report().phase == ALONE):
             return ""
         seconds = peers.SILENCE_SECONDS_AT_THE_END if self._terminating else peers.SILENCE_SECONDS
         silent = self._peers.silent(seconds)
