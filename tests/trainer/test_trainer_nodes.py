@@ -25,7 +25,10 @@ from finetune_trainer.storage import Folder, open_folder
 
 MakeJob = Callable[..., TestJob]
 IMPATIENT = """
-def apply(peers):
+def apply(agent):
+    agent.HOLD_SECONDS = {hold}
+    agent.PEER_GRACE_SECONDS = 0.5
+    peers = agent.peers
     peers.BEAT_SECONDS = 0.1
     peers.SILENCE_SECONDS = {silence}
     peers.SILENCE_SECONDS_AT_THE_END = {at_the_end}
@@ -40,16 +43,23 @@ def job(make_job: MakeJob) -> TestJob:
 
 @pytest.fixture
 def nodes(job: TestJob, tmp_path: Path) -> Callable[..., Nodes]:
-    """Pods whose train step is the test's own, as in the tests of the agent."""
+    """Pods whose steps are the test's own, as in the tests of the agent."""
 
-    def build(train: str, silence: float = EVER, at_the_end: float = EVER, **options: Any) -> Nodes:
+    def build(
+        train: str,
+        fetch: str = "pass",
+        silence: float = EVER,
+        at_the_end: float = EVER,
+        hold: float = 15,
+        **options: Any,
+    ) -> Nodes:
         source, patch = tmp_path / "stages.py", tmp_path / "impatient.py"
-        source.write_text(PRELUDE + step_source("train", train))
-        patch.write_text(IMPATIENT.format(silence=silence, at_the_end=at_the_end))
+        source.write_text(PRELUDE + step_source("fetch", fetch) + step_source("train", train))
+        patch.write_text(IMPATIENT.format(silence=silence, at_the_end=at_the_end, hold=hold))
         environment = {
             "TEST_INJECT": f"finetune_trainer.layout={INJECT / 'stages_of_the_test.py'}",
             "TEST_STAGES": str(source),
-            "TEST_INJECT_ALSO": f"finetune_trainer.peers={patch}",
+            "TEST_INJECT_ALSO": f"finetune_trainer.agent={patch}",
         }
         return job.nodes(environment=environment, **options)
 
@@ -60,6 +70,11 @@ def failure_of(run: AgentRun) -> ReportedFailure:
     failure = run.report.failure
     assert failure is not None
     return failure
+
+
+def has_fetched(run: AgentRun) -> bool:
+    report = decode(run.message)
+    return report is not None and report.phase == "WaitingForNodes"
 
 
 def has_ended(run: AgentRun) -> bool:
@@ -92,29 +107,79 @@ class TestMeeting:
         assert failure.failure_class is FailureClass.COMMUNICATION
         assert failure.message.startswith(f"Pod {1 - there} of the attempt did not come in 1 s")
         assert "trained alone" not in run.text()
-        run.signal(signal.SIGTERM)
-        assert run.wait() == 84
+        run.kill_all()
+
+    def test_a_pod_that_still_fetches_is_waited_for(self, nodes: Callable[..., Nodes], tmp_path: Path) -> None:
+        """Longer than for one that is not there: it will come."""
+        fetched = tmp_path / "fetched"
+        pods = nodes(
+            "print('trains')",
+            fetch=f"""
+            if os.environ['JOB_COMPLETION_INDEX'] == '1':
+                wait_for(pathlib.Path({str(fetched)!r}).exists)
+            """,
+            stall_seconds=1,
+            count=3,
+        )
+        runs = pods.start_all()
+        for run in (runs[0], runs[2]):
+            run.until(lambda run=run: has_fetched(run))
+        time.sleep(3)
+        assert [run.process.poll() for run in runs] == [None] * 3, [run.text() for run in runs]
+        assert not any("trains" in run.text() for run in runs), "all begin together"
+        fetched.touch()
+        assert [run.wait() for run in runs] == [0, 0, 0], [run.text() for run in runs]
+
+    def test_a_pod_that_is_gone_before_it_was_ready(self, nodes: Callable[..., Nodes]) -> None:
+        first, second = nodes(
+            "pass", fetch="wait_for(lambda: os.environ['JOB_COMPLETION_INDEX'] == '0')", silence=2, stall_seconds=3600
+        ).start_all()
+        for run in (first, second):
+            run.until(lambda run=run: run.children() or has_fetched(run))
+        time.sleep(1)
+        second.kill_all()
+        first.until(lambda: has_ended(first))
+        assert failure_of(first).failure_class is FailureClass.COMMUNICATION
+        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+        first.kill_all()
+
+    def test_processes_that_do_not_reach_each_other(self, nodes: Callable[..., Nodes]) -> None:
+        """The agents do: a network policy may know of their port only."""
+        first, second = nodes(
+            f"""
+            if RANK == 0:
+                reporter.phase('Connecting')
+            {HANG}
+            """,
+            stall_seconds=1,
+        ).start_all()
+        first.until(lambda: has_ended(first))
+        assert failure_of(first).failure_class is FailureClass.COMMUNICATION
+        assert "Let the network policy allow all ports between the pods" in failure_of(first).message
+        assert first.children() == []
+        first.kill_all()
+        second.kill_all()
 
     def test_a_pod_that_is_stopped_while_it_waits(self, nodes: Callable[..., Nodes]) -> None:
         run = nodes("print('trained alone')").start(0)
-        run.until(lambda: run.message and run.report.phase == "WaitingForNodes")
+        run.until(lambda: has_fetched(run))
         run.signal(signal.SIGTERM)
         assert run.wait() == 75
 
     def test_words_of_another_attempt_do_not_count(self, job: TestJob) -> None:
-        peers = Peers(job.document("train", 2, nodes=3), 0, "unused")
-        ours = f"uid={job.uid}&attempt=2"
-        for query in (f"uid={job.uid}&attempt=1&node=1", "uid=other&attempt=2&node=1", ours, "node=1", ""):
+        peers = Peers(job.document("train", 2, nodes=3), 0, "a", "unused")
+        ours, pod = f"uid={job.uid}&attempt=2", "node=1&pod=b"
+        for query in (f"uid={job.uid}&attempt=1&{pod}", f"uid=other&attempt=2&{pod}", ours, f"{ours}&node=1", pod, ""):
             assert not peers.hear(query)
-        assert not peers.hear(f"{ours}&node=3"), "there are three, counted from 0"
+        assert not peers.hear(f"{ours}&node=3&pod=b"), "there are three, counted from 0"
         assert peers.missing == [1, 2]
-        assert peers.hear(f"{ours}&node=2")
+        assert peers.hear(f"{ours}&node=2&pod=b")
         assert peers.missing == [1]
 
     def test_a_pod_alone_hears_nobody(self, nodes: Callable[..., Nodes], job: TestJob) -> None:
         run = nodes("wait_for(lambda: False)", count=1).start(0)
         run.until(lambda: run.message)
-        status, _, _ = run.get(f"{PATH}?uid={job.uid}&attempt=1&node=1")
+        status, _, _ = run.get(f"{PATH}?uid={job.uid}&attempt=1&node=1&pod=b")
         run.kill_all()
         assert status == 404
 
@@ -127,14 +192,15 @@ class TestEnds:
             if RANK == 1:
                 raise JobError(FailureClass.LOSS_DIVERGED, 'nan')
             raise JobError(FailureClass.COMMUNICATION, 'The training processes lost each other.')
-            """
+            """,
+            hold=5,
         )
         first, second = pods.start_all()
         assert second.wait() == 82
         assert (failure_of(second).failure_class, failure_of(second).rank) == (FailureClass.LOSS_DIVERGED, 1)
         first.until(lambda: has_ended(first))
-        first.signal(signal.SIGTERM)
-        assert first.wait(10) == 84
+        assert failure_of(first).failure_class is FailureClass.COMMUNICATION
+        assert first.wait() == 84, "nobody has told it to stop"
 
     def test_last_words_of_each_pod_are_kept(self, nodes: Callable[..., Nodes], job: TestJob) -> None:
         runs = nodes("print('rank', RANK)").start_all()
@@ -155,9 +221,9 @@ class TestEnds:
         other.until(lambda: has_ended(other))
         assert failure_of(other).failure_class is FailureClass.COMMUNICATION
         assert failure_of(other).message == f"Pod {lost} of the attempt did not answer for 5 s."
-        other.signal(signal.SIGTERM)
-        assert other.wait() == 84
         assert other.children() == []
+        other.signal(signal.SIGTERM)
+        assert other.wait() == 75
         runs[lost].kill_all()
 
     def test_what_the_first_pod_does_alone_needs_no_other(self, nodes: Callable[..., Nodes]) -> None:
@@ -189,6 +255,175 @@ class TestEnds:
         assert first.wait(60) == 75
         assert failure_of(first).failure_class is FailureClass.TERMINATED
         assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+
+    def test_a_pod_that_was_not_told_to_stop_may_save(self, nodes: Callable[..., Nodes]) -> None:
+        """Of its processes only the first has something to save; the others are gone long before it."""
+        first, second = nodes(
+            """
+            told = []
+            signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+            if RANK == 0:
+                time.sleep(3)
+                raise JobError(FailureClass.TERMINATED, 'interrupted' if told else 'a checkpoint was saved')
+            raise JobError(FailureClass.TERMINATED, 'stopped')
+            """,
+            processes=2,
+        ).start_all()
+        first.until(lambda: has_ended(first))
+        failure = failure_of(first)
+        assert (failure.failure_class, failure.message) == (FailureClass.TERMINATED, "a checkpoint was saved")
+        first.kill_all()
+        second.kill_all()
+
+    def test_a_pod_that_was_not_told_to_stop_may_not_save_for_ever(
+        self, nodes: Callable[..., Nodes], job: TestJob
+    ) -> None:
+        checkpoint = job.spec.checkpoint.model_copy(update={"grace_period_seconds": 10})
+        first, second = nodes(
+            f"""
+            if RANK == 0:
+                {HANG}
+            raise JobError(FailureClass.TERMINATED, 'stopped')
+            """,
+            processes=2,
+            spec=job.spec.model_copy(update={"checkpoint": checkpoint}),
+        ).start_all()
+        assert [first.wait(60), second.wait(60)] == [75, 75]
+
+    def test_the_first_pod_waits_for_the_others_in_the_end(self, nodes: Callable[..., Nodes]) -> None:
+        """All has been handed over, and one does not come to the last barrier."""
+        first, second = nodes(
+            f"""
+            if RANK == 0:
+                reporter.phase('Done')
+            {HANG}
+            """,
+            silence=2,
+        ).start_all()
+        first.until(lambda: first.message and first.report.phase == "Done")
+        second.kill_all()
+        first.until(lambda: has_ended(first))
+        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+        first.kill_all()
+
+
+BY_NAME = """
+import pathlib, runpy, socket
+
+def apply(agent):
+    runpy.run_path({impatient!r})["apply"](agent)
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host, *arguments, **options):
+        if host == "first-pod":
+            host = pathlib.Path({names!r}).read_text()
+            if not host:
+                raise socket.gaierror(socket.EAI_AGAIN, "the name service does not answer")
+        return resolve(host, *arguments, **options)
+
+    socket.getaddrinfo = getaddrinfo
+"""
+
+
+class TestNames:
+    """Of host names, and of pods that come in the place of others."""
+
+    @pytest.fixture
+    def names(self, tmp_path: Path) -> Path:
+        """The name service: the address of the first pod, or nothing."""
+        return tmp_path / "names"
+
+    @pytest.fixture
+    def by_name(self, tmp_path: Path, names: Path) -> dict[str, str]:
+        """The environment of a pod that asks it."""
+        patch = tmp_path / "by_name.py"
+        patch.write_text(BY_NAME.format(impatient=str(tmp_path / "impatient.py"), names=str(names)))
+        return {"MASTER_ADDR": "first-pod", "TEST_INJECT_ALSO": f"finetune_trainer.agent={patch}"}
+
+    def test_a_name_service_that_is_away(
+        self, nodes: Callable[..., Nodes], tmp_path: Path, names: Path, by_name: dict[str, str]
+    ) -> None:
+        go = tmp_path / "go"
+        pods = nodes(f"print('trains'); wait_for(pathlib.Path({str(go)!r}).exists)", silence=4)
+        names.write_text(pods.addresses[0])
+        runs = [pods.start(0), pods.start(1, **by_name)]
+        for run in runs:
+            run.until(lambda run=run: "trains" in run.text())
+        names.write_text("")
+        time.sleep(6)
+        go.touch()
+        assert [run.wait() for run in runs] == [0, 0], [run.text() for run in runs]
+
+    def test_the_first_pod_is_replaced(self, nodes: Callable[..., Nodes], names: Path, by_name: dict[str, str]) -> None:
+        """The one in its place has another address and waits; the one that has met the first ends, to be replaced."""
+        pods = nodes(f"print('trains'); {HANG}")
+        names.write_text(pods.addresses[0])
+        first, second = pods.start(0), pods.start(1, **by_name)
+        for run in (first, second):
+            run.until(lambda run=run: "trains" in run.text())
+        first.kill_all()
+        again = pods.replace(0)
+        names.write_text(again.address)
+        assert second.wait(60) == 75
+        assert failure_of(second).message == "Pod 0 of the attempt came back as another pod."
+        again.until(lambda: has_fetched(again))
+        assert "trains" not in again.text()
+        third = pods.replace(1, **by_name)
+        for run in (again, third):
+            run.until(lambda run=run: "trains" in run.text())
+        again.kill_all()
+        third.kill_all()
+
+    def test_another_pod_is_replaced(self, nodes: Callable[..., Nodes]) -> None:
+        pods = nodes(f"print('trains'); {HANG}")
+        first, second = pods.start_all()
+        for run in (first, second):
+            run.until(lambda run=run: "trains" in run.text())
+        second.kill_all()
+        again = pods.replace(1)
+        assert first.wait(60) == 75
+        assert failure_of(first).message == "Pod 1 of the attempt came back as another pod."
+        again.kill_all()
+
+    def test_a_pod_that_is_told_to_stop_meets_nobody(self, nodes: Callable[..., Nodes], job: TestJob) -> None:
+        run = nodes("pass", fetch=f"print('fetches'); {HANG}").start(0)
+        run.until(lambda: "fetches" in run.text())
+        beat = f"{PATH}?uid={job.uid}&attempt=1&node=1&pod=b"
+        assert run.get(beat)[0] == 200
+        run.signal(signal.SIGTERM)
+        run.until(lambda: run.get(beat)[0] == 404)
+        run.kill_all()
+
+    @pytest.mark.parametrize("then", ["silent", "replaced"])
+    def test_a_pod_that_stopped_with_another_does_not_wait_for_ever(
+        self, nodes: Callable[..., Nodes], then: str
+    ) -> None:
+        """In a queue nobody removes it: the Job goes on with new pods."""
+        pods = nodes("raise JobError(FailureClass.TERMINATED, 'saved')", hold=3 if then == "silent" else EVER)
+        first, second = pods.start_all()
+        for run in (first, second):
+            run.until(lambda run=run: has_ended(run))
+        time.sleep(4)
+        assert first.process.poll() is None, "the other one is still there"
+        second.kill_all()
+        again = pods.replace(1) if then == "replaced" else None
+        assert first.wait(60) == 75
+        if again:
+            again.kill_all()
+
+    def test_a_beat_for_the_pod_before_this_one(self, job: TestJob) -> None:
+        """It gets an answer, to learn that there is another one, and does not count."""
+        document = job.document("train", nodes=2)
+        before, first, second = (Peers(document, node, pod, "unused") for node, pod in ((0, "a"), (0, "b"), (1, "c")))
+        for peers in (before, first, second):
+            peers.ready()
+        assert second.hear(before.hear(second.hear(before._words(1))))
+        second.settle()
+        answer = first.hear(second._words(0))
+        assert answer
+        assert first.missing == [1]
+        assert not second.hear(answer)
+        assert second.replaced == [0]
 
 
 class TestParts:
@@ -339,8 +574,24 @@ class TestTraining:
         first.until(lambda: has_ended(first), 120)
         assert failure_of(first).failure_class is FailureClass.COMMUNICATION
         assert failure_of(first).rank == 0
+        # Told so in the end: in a queue that takes all pods away, the other one was told a moment before.
         first.signal(signal.SIGTERM)
-        assert first.wait(10) == 84
+        assert first.wait(10) == 75
+        assert (failure_of(first).failure_class, failure_of(first).exit_code) == (FailureClass.TERMINATED, 75)
+
+
+def test_training_whose_processes_do_not_reach_each_other(make_job: MakeJob) -> None:
+    """torch would try for a day."""
+    job = make_job(**SPEC)
+    job.run("prepare", nodes=2)
+    pods = job.nodes(stall_seconds=3)
+    first = pods.start(0)
+    second = pods.start(1, MASTER_PORT="9")
+    first.until(lambda: has_ended(first), 120)
+    assert (first.report.phase, failure_of(first).failure_class) == ("Connecting", FailureClass.COMMUNICATION)
+    assert "Let the network policy allow all ports" in failure_of(first).message
+    first.kill_all()
+    second.kill_all()
 
 
 def test_pods_that_would_go_on_from_different_checkpoints_do_not(make_job: MakeJob, tmp_path: Path) -> None:
@@ -355,4 +606,4 @@ def test_pods_that_would_go_on_from_different_checkpoints_do_not(make_job: MakeJ
         assert failure_of(run).failure_class is FailureClass.COMMUNICATION
         assert "different checkpoints" in failure_of(run).message
         run.signal(signal.SIGTERM)
-        assert run.wait() == 84
+        assert run.wait() == 75

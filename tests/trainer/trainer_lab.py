@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from finetune_api.names import (
     ENV_MAIN_ADDRESS,
     ENV_MAIN_PORT,
     ENV_POD_IP,
+    ENV_POD_NAME,
     ENV_TERMINATION_PATH,
     ENV_WORK_DIR,
     Stage,
@@ -397,11 +399,19 @@ class Nodes:
     def start(self, node: int, **environment: str) -> AgentRun:
         own = {
             ENV_COMPLETION_INDEX: str(node),
+            ENV_POD_NAME: f"{self.document.job.name}-train-{node}-{secrets.token_hex(3)}",
             ENV_MAIN_ADDRESS: self.addresses[0],
             ENV_MAIN_PORT: str(self.port),
         }
         given = self.environment | own | environment
         return AgentRun(self.document, self.disks[node], given, [], self.addresses[node])
+
+    def replace(self, node: int, **environment: str) -> AgentRun:
+        """Start a pod in the place of one that is gone. It shares nothing with it but the index."""
+        root = self.disks[node].root
+        self.disks[node] = PodDisk(root.with_name(f"{root.name}-again"))
+        self.addresses[node] = new_address()
+        return self.start(node, **environment)
 
     def start_all(self) -> list[AgentRun]:
         return [self.start(node) for node in range(len(self.disks))]

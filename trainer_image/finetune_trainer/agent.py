@@ -38,6 +38,7 @@ from finetune_api.names import (
     ENV_MAIN_ADDRESS,
     ENV_MAIN_PORT,
     ENV_POD_IP,
+    ENV_POD_NAME,
     ENV_TERMINATION_PATH,
     TERMINATION_PATH,
     Stage,
@@ -64,8 +65,10 @@ STORE_SECONDS = 20.0
 """Log and report are stored best-effort: a storage that hangs must not hold the GPUs."""
 HOLD_SECONDS = 15.0
 """A pod that lost another one waits so long for its own removal, so that the other one is seen to be the cause."""
-ALONE = ("Saving", "Done")
-"""Phases in which the first pod needs no other one."""
+ALONE = "Saving"
+"""The phase in which the first pod needs no other one."""
+CONNECTING = "Connecting"
+"""The phase in which the training processes look for each other."""
 
 
 @dataclass
@@ -100,7 +103,11 @@ class Agent:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._nodes = document.nodes if document.stage is Stage.TRAIN else 1
         self._node = int(os.environ[ENV_COMPLETION_INDEX]) if self._nodes > 1 else 0
-        self._peers = Peers(document, self._node, os.environ[ENV_MAIN_ADDRESS]) if self._nodes > 1 else None
+        self._peers = (
+            Peers(document, self._node, os.environ[ENV_POD_NAME], os.environ[ENV_MAIN_ADDRESS])
+            if self._nodes > 1
+            else None
+        )
         self._log = _Log(disk.run / layout.LOG_FILE, self._redact)
         self._termination = Path(os.environ.get(ENV_TERMINATION_PATH, TERMINATION_PATH))
         self._final: Report | None = None
@@ -123,11 +130,18 @@ class Agent:
             failure = (self._meet() if step == "train" else None) or self._run_step(step)
             if failure is not None or self.report().already_published:
                 break
+        if self._peers:
+            self._peers.close()
+        failure = self._judged(failure)
         self._final = self._concluded(failure)
         self._write_termination_message()
         self._store()
         self._write_termination_message()  # now with logURI, if the log was stored
         self._hold(failure)
+        if (judged := self._judged(failure)) is not failure:
+            failure = judged
+            self._final = self._concluded(failure)
+            self._write_termination_message()
         if server is not None:
             server.shutdown()
         return 0 if failure is None else failure.exit_code
@@ -164,8 +178,12 @@ class Agent:
             failed = [child for child in self._ended if child.exit_code != 0]
             if failed and cause is None:
                 cause = failed[0]
+                stopped = self._class_said(cause) is FailureClass.TERMINATED
+                if stopped and not self._terminating and self._nodes > 1:
+                    # Another pod was told to stop, and all save together. Nobody else would end one that hangs.
+                    kill_at = time.monotonic() + self._document.spec.checkpoint.grace_period_seconds
                 # When all were asked to stop, the others have the whole grace period to save.
-                if not (self._terminating and self._class_said(cause) is FailureClass.TERMINATED):
+                elif not (stopped and self._terminating):
                     self._signal(signal.SIGTERM)
                     kill_at = time.monotonic() + PEER_GRACE_SECONDS
             if not stalled and cause is None and step == "train" and self._is_stalled():
@@ -173,8 +191,8 @@ class Agent:
                 log.error("no step for %d s; stacks follow", self._document.stall_seconds)
                 self._signal(signal.SIGUSR1)  # faulthandler prints the stacks
                 kill_at = time.monotonic() + PEER_GRACE_SECONDS
-            if not lost and cause is None and step == "train" and (lost := self._lost_peers()):
-                # They wait in a collective that will never end, and would not hear a SIGTERM.
+            if not lost and cause is None and step == "train" and (lost := self._lost_peers() or self._unconnected()):
+                # They wait for what will never come, and would not hear a SIGTERM.
                 log.error("%s", lost)
                 self._signal(signal.SIGUSR1)
                 kill_at = time.monotonic() + PEER_GRACE_SECONDS
@@ -189,8 +207,7 @@ class Agent:
                 FailureClass.NO_PROGRESS, f"Training made no step for {self._document.stall_seconds} s.", rank=None
             )
         if lost:
-            ended = FailureClass.TERMINATED if self._terminating else FailureClass.COMMUNICATION
-            return self._failure(ended, lost, rank=None)
+            return self._failure(FailureClass.COMMUNICATION, lost, rank=None)
         return self._cause_of(self._root_of(cause)) if cause is not None else None
 
     def _launch(self, step: str, local_rank: int, count: int, port: int) -> Child:
@@ -245,6 +262,8 @@ class Agent:
 
     def _on_terminate(self, number: int, frame: Any) -> None:
         self._terminating = True
+        if self._peers:
+            self._peers.close()
         self._signal(signal.SIGTERM)
         self._wake.put(None)
 
@@ -253,25 +272,27 @@ class Agent:
         if report.phase != "Training" or report.progress is None:
             return False
         # Before the first step the report is as old as the phase.
-        seen = report.progress.last_step_time or report.update_time
-        if seen is None:
-            return False
-        last = datetime.fromisoformat(seen)
-        return (datetime.now(UTC) - last).total_seconds() > self._document.stall_seconds
+        return _age(report.progress.last_step_time or report.update_time) > self._document.stall_seconds
 
     # Other pods
 
+    @property
+    def _taken_away(self) -> bool:
+        """Whether this pod was told to stop, or another one was: only such a pod is ever replaced."""
+        return self._terminating or bool(self._peers and self._peers.replaced)
+
     def _meet(self) -> ReportedFailure | None:
-        """Wait until the others are there: no process begins to wait for one that may never come."""
+        """Wait until all can begin: no process begins to wait for one that may never come."""
         if self._peers is None:
             return None
         reporter = Reporter(self._document, self._disk.run)
         reporter.phase("WaitingForNodes")
+        self._peers.ready()
         deadline = time.monotonic() + self._document.stall_seconds
-        while missing := self._peers.missing:
+        while self._peers.awaited:
             if self._terminating:
                 return self._terminated("before its work began")
-            if time.monotonic() > deadline:
+            if (missing := self._peers.missing) and time.monotonic() > deadline:
                 text = f"{_pods(missing)} did not come in {self._document.stall_seconds} s, and training needs all of"
                 return self._failure(
                     FailureClass.COMMUNICATION,
@@ -279,22 +300,53 @@ class Agent:
                     "reach each other.",
                     rank=None,
                 )
+            if lost := self._lost_peers():
+                return self._failure(FailureClass.COMMUNICATION, lost, rank=None)
             with contextlib.suppress(queue.Empty):
                 self._wake.get(timeout=TICK_SECONDS)
             self._write_termination_message()
+        self._peers.settle()
         reporter.close()
         return None
 
     def _lost_peers(self) -> str:
         """Which pods are gone without whom training cannot go on; empty when none is."""
-        if self._peers is None or (self._node == 0 and self.report().phase in ALONE):
+        if self._peers is None or (self._node == 0 and self.report().phase == ALONE):
             return ""
+        if replaced := self._peers.replaced:
+            return f"{_pods(replaced)} came back as another pod."
         seconds = peers.SILENCE_SECONDS_AT_THE_END if self._terminating else peers.SILENCE_SECONDS
         silent = self._peers.silent(seconds)
         return f"{_pods(silent)} did not answer for {seconds:.0f} s." if silent else ""
 
+    def _unconnected(self) -> str:
+        """What to do when the agents reach each other and the training processes do not; empty while they may. torch
+        would try for a day."""
+        report = self.report()
+        if (
+            self._peers is None
+            or report.phase != CONNECTING
+            or _age(report.update_time) <= self._document.stall_seconds
+        ):
+            return ""
+        return (
+            f"The training processes did not reach each other in {self._document.stall_seconds} s. Let the network "
+            "policy allow all ports between the pods of the job."
+        )
+
+    def _judged(self, failure: ReportedFailure | None) -> ReportedFailure | None:
+        """The failure as it counts: pods are not told to stop at the same moment, and one that lost another one because
+        of it was stopped, too."""
+        if self._peers is None or failure is None or not self._taken_away:
+            return failure
+        if failure.failure_class is not FailureClass.COMMUNICATION:
+            return failure
+        stopped = FailureClass.TERMINATED
+        return failure.model_copy(update={"failure_class": stopped, "exit_code": exit_code_of(stopped)})
+
     def _hold(self, failure: ReportedFailure | None) -> None:
-        """Let the pod end first that is the cause. When it has, this one is told to stop, too."""
+        """Let the pod end first that is the cause. When it has, this one is told to stop, too. The Job of a queue goes
+        on, and removes nobody: there the other one falls silent, or is replaced."""
         if self._peers is None or failure is None:
             return
         seconds = {
@@ -302,10 +354,12 @@ class Agent:
             # Another pod was told to stop, and all have saved. It may not have sent its part yet.
             FailureClass.TERMINATED: float(self._document.spec.checkpoint.grace_period_seconds),
         }.get(failure.failure_class, 0.0)
-        deadline = time.monotonic() + seconds
-        while not self._terminating and (left := deadline - time.monotonic()) > 0:
+        started = time.monotonic()
+        while not self._taken_away and (held := time.monotonic() - started) < seconds:
+            if held > HOLD_SECONDS and self._peers.silent(HOLD_SECONDS):
+                return
             with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=left)
+                self._wake.get(timeout=TICK_SECONDS)
 
     # Failures
 
@@ -335,9 +389,7 @@ class Agent:
         """Why the process failed: what it said itself, else what its end shows."""
         said = self._said(child)
         if said is not None:
-            # Where this pod was told to stop the others were, too, and may have ended before it.
-            lost = self._terminating and self._nodes > 1 and said.failure_class is FailureClass.COMMUNICATION
-            return self._failure(FailureClass.TERMINATED if lost else said.failure_class, said.message, child.rank)
+            return self._failure(said.failure_class, said.message, child.rank)
         if self._terminating and (child.exit_code == -signal.SIGTERM or child.exit_code == 143):
             return self._terminated("before it could save a checkpoint")
         code = child.exit_code or 0
@@ -457,7 +509,14 @@ def _pods(nodes: list[int]) -> str:
     return f"Pod {nodes[0]} of the attempt" + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "")
 
 
-def serve(report: Any, metrics: Any, hear: Callable[[str], bool] | None = None) -> ThreadingHTTPServer | None:
+def _age(time_of_report: str | None) -> float:
+    """Seconds since then."""
+    if time_of_report is None:
+        return 0.0
+    return (datetime.now(UTC) - datetime.fromisoformat(time_of_report)).total_seconds()
+
+
+def serve(report: Any, metrics: Any, hear: Callable[[str], str] | None = None) -> ThreadingHTTPServer | None:
     """Answer /metrics, /progress and /healthz on the pod's address; None when the port is taken. `hear` takes the
     heartbeats of other pods.
 
@@ -471,8 +530,10 @@ def serve(report: Any, metrics: Any, hear: Callable[[str], bool] | None = None) 
                 self._answer(metrics(), "text/plain; version=0.0.4; charset=utf-8")
             elif path == "/progress":
                 self._answer(report().encode(limit=32 * 1024), "application/json")
-            elif path == "/healthz" or (path == peers.PATH and hear is not None and hear(query)):
+            elif path == "/healthz":
                 self._answer(b"ok\n", "text/plain; charset=utf-8")
+            elif path == peers.PATH and hear is not None and (answer := hear(query)):
+                self._answer(answer.encode(), "text/plain; charset=utf-8")
             else:
                 self.send_error(404)
 

@@ -66,6 +66,8 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     compute = models.precision(spec, world)
     checkpointing = models.activation_checkpointing(spec, world)
     micro_batch = document.micro_batch_size
+    if reporter and world.size > 1:
+        reporter.phase("Connecting")
     config = training.arguments(
         spec,
         plan,
