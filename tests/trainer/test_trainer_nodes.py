@@ -558,7 +558,8 @@ class TestTraining:
 
     def test_a_process_that_is_killed_is_the_cause(self, make_job: MakeJob, tmp_path: Path) -> None:
         """The other one loses it in a collective of gloo, and does not blame itself."""
-        job = make_job(**SPEC)
+        # The first one waits for half of the grace for what the other one would have added to the checkpoint.
+        job = make_job(**SPEC | {"checkpoint": {"everySteps": 2, "gracePeriodSeconds": 10}})
         job.run("prepare", nodes=2)
         marker = tmp_path / "halted"
         pods = job.nodes()
