@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -161,7 +162,9 @@ class Operator:
             for namespace in self._namespaces:
                 try:
                     for name in await self._compare(kube, FINETUNE_JOBS, namespace):
-                        self.queue.add(Key(*name))
+                        # Not all at once, but for the first time: nobody knows what this process has missed.
+                        later = random.uniform(0, self.settings.resync_seconds) if self._ready else 0.0
+                        self.queue.add(Key(*name), later)
                     for kind in (JOBS, PODS):
                         await self._compare(kube, kind, namespace, labelSelector=LABEL_JOB_UID)
                 except Exception as error:

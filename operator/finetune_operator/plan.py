@@ -166,6 +166,8 @@ class _Stage:
             self._resumed()
         if self.draft.attempt_ended:
             return self._next(attempt, child)
+        if present is not self.seen:
+            self._note_missed(self.seen.last_pod(self.stage, attempt, child.nodes if child else 1))
         self._note_eviction(child, present, last)
         self._note_start(last)
         self._note_overdue()
@@ -335,9 +337,21 @@ class _Stage:
                 self.draft.learn(self._report(child.attempt, pod))
         if taken and ends:
             self.draft.note_seen(max(ends))
-        replaced = last is not None and last.started is not None and format_time(last.started) != attempt.start_time
+        begins = [pod.started for pod in present.pods_of(self.stage, child.attempt)]
+        if child.nodes == 1:
+            replaced = last is not None and last.started not in (None, started)
+        else:
+            # Where one was replaced, the others end as well: it has begun again when all have.
+            replaced = last is not None and all(begin is not None and begin > started for begin in begins)
         if (taken and child.suspended) or replaced:
             self.draft.requeue()
+
+    def _note_missed(self, last: ChildPod | None) -> None:
+        """Pods of a queue may have begun and been stopped before anybody looked."""
+        history = self.draft.status.history
+        known = parse_time(history[-1].end_time) if history else None
+        if last is not None and last.started is not None and (known is None or last.started > known):
+            self._note_start(last)
 
     def _note_start(self, last: ChildPod | None) -> None:
         attempt = self.draft.status.attempt
@@ -469,6 +483,8 @@ class _Stage:
         """Its node does not say that it has ended, long after it must have, and it has not answered either."""
         attempt = self.draft.status.attempt
         if pod.finished or pod.delete_by is None or pod.delete_by >= self.now or attempt is None:
+            return False
+        if pod.name in self.seen.alive:
             return False
         if attempt.overdue_time is None:
             return False

@@ -236,7 +236,8 @@ class Draft:
     def note_seen(self, at: datetime) -> None:
         """The pod of the present attempt ran until then at least."""
         attempt, seen = self.status.attempt, format_time(at)
-        if attempt is not None and attempt.start_time is not None and attempt.seen_time != seen:
+        # Written times have whole seconds and one zone, so that their order is that of their text.
+        if attempt is not None and attempt.start_time is not None and (attempt.seen_time or "") < seen:
             self.set(attempt=attempt.model_copy(update={"seen_time": seen}))
 
     def note_overdue(self, overdue: bool) -> None:

@@ -118,13 +118,13 @@ class TestMeeting:
             if os.environ['JOB_COMPLETION_INDEX'] == '1':
                 wait_for(pathlib.Path({str(fetched)!r}).exists)
             """,
-            stall_seconds=1,
+            stall_seconds=6,
             count=3,
         )
         runs = pods.start_all()
         for run in (runs[0], runs[2]):
             run.until(lambda run=run: has_fetched(run))
-        time.sleep(3)
+        time.sleep(8)
         assert [run.process.poll() for run in runs] == [None] * 3, [run.text() for run in runs]
         assert not any("trains" in run.text() for run in runs), "all begin together"
         fetched.touch()
@@ -132,7 +132,7 @@ class TestMeeting:
 
     def test_a_pod_that_is_gone_before_it_was_ready(self, nodes: Callable[..., Nodes]) -> None:
         first, second = nodes(
-            "pass", fetch="wait_for(lambda: os.environ['JOB_COMPLETION_INDEX'] == '0')", silence=2, stall_seconds=3600
+            "pass", fetch="wait_for(lambda: os.environ['JOB_COMPLETION_INDEX'] == '0')", silence=5, stall_seconds=3600
         ).start_all()
         for run in (first, second):
             run.until(lambda run=run: run.children() or has_fetched(run))
@@ -140,7 +140,7 @@ class TestMeeting:
         second.kill_all()
         first.until(lambda: has_ended(first))
         assert failure_of(first).failure_class is FailureClass.COMMUNICATION
-        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 5 s."
         first.kill_all()
 
     def test_processes_that_do_not_reach_each_other(self, nodes: Callable[..., Nodes]) -> None:
@@ -151,7 +151,7 @@ class TestMeeting:
                 reporter.phase('Connecting')
             {HANG}
             """,
-            stall_seconds=1,
+            stall_seconds=10,
         ).start_all()
         first.until(lambda: has_ended(first))
         assert failure_of(first).failure_class is FailureClass.COMMUNICATION
@@ -236,9 +236,9 @@ class TestEnds:
                 reporter.phase('Saving')
                 (disk.run.parent.parent / 'saving').touch()
                 started = time.monotonic()
-                wait_for(lambda: time.monotonic() - started > 4)
+                wait_for(lambda: time.monotonic() - started > 9)
             """,
-            silence=1,
+            silence=5,
         ).start_all()
         assert second.wait() == 0, second.text()
         assert first.wait() == 0, first.text()
@@ -298,12 +298,12 @@ class TestEnds:
                 reporter.phase('Done')
             {HANG}
             """,
-            silence=2,
+            silence=5,
         ).start_all()
         first.until(lambda: first.message and first.report.phase == "Done")
         second.kill_all()
         first.until(lambda: has_ended(first))
-        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 2 s."
+        assert failure_of(first).message == "Pod 1 of the attempt did not answer for 5 s."
         first.kill_all()
 
 
@@ -585,7 +585,7 @@ def test_training_whose_processes_do_not_reach_each_other(make_job: MakeJob) -> 
     """torch would try for a day."""
     job = make_job(**SPEC)
     job.run("prepare", nodes=2)
-    pods = job.nodes(stall_seconds=3)
+    pods = job.nodes(stall_seconds=10)
     first = pods.start(0)
     second = pods.start(1, MASTER_PORT="9")
     first.until(lambda: has_ended(first), 120)

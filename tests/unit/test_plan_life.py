@@ -326,6 +326,21 @@ class TestClocks:
             assert story.look(after=1).expired
 
 
+def test_a_pod_that_ends_slowly_is_not_written_down_at_each_look() -> None:
+    """Its container has ended, and another one in it has not, or its phase comes late."""
+    story = Story()
+    story.prepared()
+    story.look(*running(TRAIN))
+    pod = ended_pod(TRAIN, 1, 75)
+    pod["status"]["phase"] = "Running"
+    writes = 0
+    for _ in range(30):
+        before = story.body["status"]
+        story.look([], [pod], after=1)
+        writes += story.body["status"] != before
+    assert writes <= 4
+
+
 class TestLostNodes:
     def test_training_goes_on_elsewhere(self) -> None:
         story = Story()

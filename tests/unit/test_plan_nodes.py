@@ -226,6 +226,15 @@ class TestEnding:
             story.look([child()], pods(p2=late), live=at_work(), alive=frozenset({"bot-train-1-2-x7k2p"}), after=60)
         assert story.job.status.failure is None
 
+    def test_one_that_answers_is_not_lost_with_another(self, story: Story) -> None:
+        alive = frozenset({"bot-train-1-0-x7k2p"})
+        story.look([child()], pods(), live=at_work())
+        left = [of_node(index, running_pod(TRAIN, 1, delete_by=NOW - timedelta(seconds=1))) for index in (0, 3)]
+        for _ in range(5):
+            planned = story.look([], left, alive=alive, after=NODE_LOST_SECONDS + 1)
+            assert created(planned) == []
+        assert created(story.look([], left[1:]))[-1] == "Job/bot-train-2"
+
     def test_what_the_others_could_see_of_a_lost_node_is_one_too(self, story: Story) -> None:
         """They lose it long before Kubernetes gives it up, and so the Job has failed by then."""
         story.look([child()], pods(), live=at_work())
@@ -298,6 +307,30 @@ class TestQueue:
         assert planned.status.phase is Phase.RUNNING
         assert story.condition("Failed") is None
         assert story.body["status"]["restarts"]["preemptions"] == 1
+
+    def test_a_pod_that_is_replaced_takes_the_others_with_it_and_counts_once(self, story: Story) -> None:
+        def at(seconds: int, index: int) -> dict[str, Any]:
+            pod = of_node(index, running_pod(TRAIN, since=NOW + timedelta(seconds=seconds)))
+            pod["metadata"]["name"] += str(seconds)
+            return pod
+
+        queued = child(queue="team-a")
+        story.look([queued], [at(-20, index) for index in range(NODES)], live=at_work())
+        for replaced in range(NODES):
+            now = [at(10 * (index + 1) if index <= replaced else -20, index) for index in range(NODES)]
+            story.look([queued], now, live=at_work(), after=10)
+        assert story.body["status"]["restarts"]["preemptions"] == 1
+
+    def test_an_eviction_of_pods_that_nobody_saw_run(self, story: Story) -> None:
+        left = pods(**{f"p{index}": ended_pod(TRAIN, 1, 75, at_work()) for index in range(NODES)})
+        for pod in left:
+            state = pod["status"]["containerStatuses"][0]["state"]["terminated"]
+            state["startedAt"], state["finishedAt"] = (format_time(NOW + timedelta(seconds=s)) for s in (10, 30))
+        for _ in range(2):
+            story.look([child(queue="team-a", suspended=True)], left, after=30)
+        assert story.body["status"]["restarts"]["preemptions"] == 1
+        assert story.body["status"]["checkpoint"]["step"] == 4
+        assert story.body["status"]["usage"]["activeSeconds"] == 40
 
     def test_what_was_saved_at_an_eviction_is_known(self, story: Story) -> None:
         story.look([child(queue="team-a")], pods())
