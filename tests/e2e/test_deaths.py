@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from typing import Any
@@ -160,7 +161,8 @@ def test_an_operator_that_was_away_when_a_pod_died_goes_on_as_if_it_had_been_the
         up.kubectl("delete", "pods", *selector, "--now")
         operator.kill()
     finally:
-        operator.send_signal(signal.SIGCONT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            operator.send_signal(signal.SIGCONT)
     resumed(up, "away", unbroken, "Killed")
 
 

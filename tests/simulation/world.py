@@ -244,10 +244,12 @@ class World:
 
     def is_lost(self, pod: Object) -> bool:
         """Its node is lost for so long that the operator may know it."""
+        if pod["metadata"]["name"] in self.given_up:
+            return True
         until = pod["metadata"].get("deletionTimestamp")
         since = self.lost_nodes.get(pod["spec"]["nodeName"])
         if until is None or since is None:
-            return pod["metadata"]["name"] in self.given_up
+            return False
         return (self.now - max(since, parse_time(until))).total_seconds() > NODE_LOST_SECONDS
 
     # Time
