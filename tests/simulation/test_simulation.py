@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -18,8 +18,12 @@ SEED = os.environ.get("SIMULATION_SEED", "1")
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
-    logging.getLogger("finetune_operator").setLevel(logging.CRITICAL)
+def quiet() -> Iterator[None]:
+    logger = logging.getLogger("finetune_operator")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)
