@@ -141,8 +141,7 @@ class CheckpointUploader:
             if self._node > 0:
                 bundle.publish_part(self._work, checkpoint.prefix, self._part(self._node), files)
             else:
-                for node in range(1, self._document.nodes):
-                    files += self._await_part(checkpoint.prefix, node)
+                files += self._await_parts(checkpoint.prefix)
                 bundle.publish(self._work, checkpoint.prefix, files, {**self._facts, "step": step})
         except JobError as error:
             log.error("the checkpoint of step %d was not stored: %s", step, error.message)
@@ -174,16 +173,19 @@ class CheckpointUploader:
     def _part(self, node: int) -> str:
         return f"{node}-{self._life}"
 
-    def _await_part(self, prefix: str, node: int) -> list[BundleFile]:
-        # Half of the time that a pod has when it is stopped: one whose part never comes must not take all of it.
+    def _await_parts(self, prefix: str) -> list[BundleFile]:
+        # Half of the time that a pod has when it is stopped, for all together: what never comes must not take it all.
         seconds = self._document.spec.checkpoint.grace_period_seconds / 2
         deadline = time.monotonic() + seconds
-        while (files := bundle.read_part(self._work, prefix, self._part(node))) is None:
-            if time.monotonic() > deadline:
-                raise JobError(
-                    FailureClass.STORAGE_UNAVAILABLE, f"Pod {node} has not stored its part in {seconds:g} s."
-                )
-            time.sleep(PART_POLL_SECONDS)
+        files: list[BundleFile] = []
+        for node in range(1, self._document.nodes):
+            while (part := bundle.read_part(self._work, prefix, self._part(node))) is None:
+                if time.monotonic() > deadline:
+                    raise JobError(
+                        FailureClass.STORAGE_UNAVAILABLE, f"Pod {node} has not stored its part in {seconds:g} s."
+                    )
+                time.sleep(PART_POLL_SECONDS)
+            files += part
         return files
 
     def _rotate(self, step: int) -> None:
