@@ -124,15 +124,7 @@ class Life(RuleBasedStateMachine):
         for _ in range(rounds):
             self._operate()
             self.world.admit()
-            self.world.control()
-            self.world.collect()
-            self.world.kubelet()
-            for pod in self.world.live_pods():
-                if pod["status"]["phase"] == "Pending":
-                    self._start(pod)
-                elif succeed and "deletionTimestamp" not in pod["metadata"]:
-                    self.world.train(pod, 4)
-                    self.world.succeed(pod)
+            self._cluster_works(succeed=succeed, steps=4)
             self._sleep(5)
             self.world.control()
             self._operate()
@@ -489,14 +481,7 @@ class Life(RuleBasedStateMachine):
     def _settle(self, *, succeed: bool = True) -> None:
         self.world.admit()
         self.world.operate()
-        self.world.control()
-        self.world.collect()
-        self.world.kubelet()
-        for pod in self.world.live_pods():
-            if pod["status"]["phase"] == "Pending":
-                self._start(pod)
-            elif succeed and "deletionTimestamp" not in pod["metadata"]:
-                self.world.succeed(pod)
+        self._cluster_works(succeed=succeed)
         self.world.control()
         self._check()
         self.world.sleep(10)
@@ -509,6 +494,19 @@ class Life(RuleBasedStateMachine):
         self.accounts_are_not_more_than_the_truth()
 
     # Helpers
+
+    def _cluster_works(self, *, succeed: bool, steps: int = 0) -> None:
+        """Controllers and kubelets do what is due; pods that wait start, those that run succeed after some steps."""
+        self.world.control()
+        self.world.collect()
+        self.world.kubelet()
+        for pod in self.world.live_pods():
+            if pod["status"]["phase"] == "Pending":
+                self._start(pod)
+            elif succeed and "deletionTimestamp" not in pod["metadata"]:
+                if steps:
+                    self.world.train(pod, steps)
+                self.world.succeed(pod)
 
     def _start(self, pod: Object) -> None:
         """No attempt begins to read what an older one still writes."""
