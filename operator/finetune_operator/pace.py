@@ -18,11 +18,12 @@ WAITING = frozenset({Phase.PENDING, Phase.STARTING, Phase.RESTARTING, Phase.QUEU
 WAITING_SECONDS = 10.0
 """How often a pod that does not start is looked at."""
 REQUESTS = 4
-"""Of a look at most: the job, its Jobs and its pods, and what is found is written, or events are read."""
+"""Of a look: the job, its Jobs and its pods, and often events, or one write."""
 LOOKS_SHARE = 0.25
 """Of the requests that are allowed those for looks at jobs that run; as many for those that wait."""
 PROGRESS_SHARE = 0.05
-"""Those that write nothing but progress. The API server keeps every version of a status for a while."""
+"""Those that write nothing but progress. The API server keeps every version of a status for a while, and each write is
+an event, which makes the operator look once more."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def test_jobs_that_are_over_or_suspended_cost_nothing() -> None:
 
 @pytest.mark.parametrize("running", [100, 1000])
 @pytest.mark.parametrize("waiting", [100, 1000])
-def test_many_leave_half_of_the_requests_free(running: int, waiting: int) -> None:
+def test_looks_and_writes_of_many_keep_to_their_shares(running: int, waiting: int) -> None:
     found = pace_of(SETTINGS, [Phase.RUNNING] * running + [Phase.PENDING] * waiting)
     looks = running / found.poll + waiting / found.waiting
     assert looks * REQUESTS <= 2 * LOOKS_SHARE * SETTINGS.kube_qps + 1e-9
