@@ -44,8 +44,8 @@ test: $(VENV)/.dev .tools/.done ## Run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: simulate
-simulate: $(VENV)/.dev ## Play lives of a job with random faults: make simulate RUNS=100000 SEED=7
-	SIMULATION_RUNS=$(RUNS) SIMULATION_SEED=$(SEED) $(BIN)/python -m pytest tests/simulation -k no_fault
+simulate: $(VENV)/.dev ## Play lives of a job with random faults, 2000 of each seed: make simulate RUNS=100000 SEED=7
+	SIMULATION_RUNS=$(RUNS) SIMULATION_SEED=$(SEED) $(BIN)/python -m pytest tests/simulation -k no_fault -n auto
 
 .PHONY: lint
 lint: $(VENV)/.dev ## Check style, types and the contracts between packages

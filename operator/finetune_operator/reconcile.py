@@ -2,7 +2,7 @@
 
 Reads go to the API server each time: an old picture could start a second Job, and names alone would not notice. Writes
 are idempotent: children have deterministic names, the status carries the resourceVersion it was planned on, events have
-names made from what they say.
+names made from what they say. Whether a status was written is known from its answer, or from the next look.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 ERROR_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Seconds before a job is looked at again after errors in a row."""
+EVENT_DELAY = 30.0
+"""Seconds after which events that could not be recorded are tried again."""
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +88,10 @@ class Reconciler:
         self._clock = clock
         self._errors: dict[Key, int] = {}
         self._phases: dict[Key, Phase | None] = {}
+        self._unsure: dict[Key, tuple[FineTuneJob, Plan]] = {}
+        """Statuses that were written, as far as we know."""
+        self._unsaid: dict[Key, list[dict[str, Any]]] = {}
+        """Events that are to be recorded."""
 
     async def __call__(self, key: Key) -> None:
         """Bring one job forward. Never raises; what fails is tried again."""
@@ -118,10 +124,15 @@ class Reconciler:
         body = await self._kube.get(FINETUNE_JOBS, key.namespace, key.name)
         if body is None:
             self._metrics.forget(key.namespace, key.name)
-            self._phases.pop(key, None)
+            for known in (self._phases, self._unsure, self._unsaid):
+                known.pop(key, None)
             return None
         job = FineTuneJob.parse(body)
         logs.add(uid=job.uid)
+        if key in self._unsure:
+            before, planned = self._unsure.pop(key)
+            if (before.uid, planned.status.to_json_dict()) == (job.uid, job.status.to_json_dict()):
+                self._is_written(key, before, planned)
         if job.spec_problem and job.status.attempt is not None:
             log.warning("%s/%s is left alone: %s", job.namespace, job.name, job.spec_problem)
         if job.status_problem:
@@ -145,16 +156,25 @@ class Reconciler:
         for child in planned.delete:
             await self._kube.delete(JOBS, job.namespace, child.name, child.uid, child.resource_version)
             log.info("%s/%s: deleted Job %s", job.namespace, job.name, child.name)
+        # Also when it fails: the answer may be what was lost.
+        self._unsure[key] = (job, planned)
         await self._write_status(job, planned)
-        # At once: the next look will see a status in which nothing has changed.
-        self._metrics.observe(job, planned.status)
-        self._phases[key] = planned.status.phase
-        for note in planned.notes:
-            await self._record(job, note)
+        del self._unsure[key]
+        self._is_written(key, job, planned)
+        all_said = await self._record_events(key)
         if planned.expired:
             await self._kube.delete(FINETUNE_JOBS, job.namespace, job.name, job.uid, job.resource_version)
             log.info("%s/%s: deleted, its time to live is over", job.namespace, job.name)
+        if not all_said:
+            return min(EVENT_DELAY, planned.look_again or EVENT_DELAY)
         return planned.look_again
+
+    def _is_written(self, key: Key, job: FineTuneJob, planned: Plan) -> None:
+        """Take note of a change once: the next look will see a status in which nothing has changed."""
+        self._metrics.observe(job, planned.status)
+        self._phases[key] = planned.status.phase
+        if planned.notes:
+            self._unsaid.setdefault(key, []).extend(self._event(job, note) for note in planned.notes)
 
     def _plan(self, job: FineTuneJob, seen: Observation) -> Plan:
         return plan(job, seen, self._settings, self._clock(), pace_of(self._settings, self._phases.values()))
@@ -260,12 +280,12 @@ class Reconciler:
         if job.status.phase != planned.status.phase:
             log.info("%s/%s: %s", job.namespace, job.name, planned.status.phase)
 
-    async def _record(self, job: FineTuneJob, note: Note) -> None:
-        """Record an event. Its name is made from what it says, so that saying it again changes nothing."""
+    def _event(self, job: FineTuneJob, note: Note) -> dict[str, Any]:
+        """Its name is made from what it says, so that saying it again changes nothing."""
         now = format_time(self._clock())
         attempt = f"{job.status.attempt}"
         digest = hashlib.sha256(f"{job.uid}/{note.reason}/{note.message}/{attempt}".encode()).hexdigest()[:16]
-        event = {
+        return {
             "apiVersion": "v1",
             "kind": "Event",
             "metadata": {"name": f"{job.name}.{digest}", "namespace": job.namespace},
@@ -286,8 +306,19 @@ class Reconciler:
             "lastTimestamp": now,
             "count": 1,
         }
-        try:
-            await self._kube.create(EVENTS, job.namespace, event)
-        except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            if not isinstance(error, ApiError) or error.status != 409:
-                log.warning("%s/%s: event %s was not recorded: %s", job.namespace, job.name, note.reason, error)
+
+    async def _record_events(self, key: Key) -> bool:
+        """Record what is to be said, in its order; whether all was. No job waits for its events."""
+        events = self._unsaid.pop(key, [])
+        while events:
+            try:
+                await self._kube.create(EVENTS, key.namespace, events[0])
+            except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as error:
+                refused = isinstance(error, ApiError) and 400 <= error.status < 500 and error.status != 429
+                if not (isinstance(error, ApiError) and error.status == 409):
+                    log.warning("%s/%s: event %s: %s", key.namespace, key.name, events[0]["reason"], error)
+                if not refused:
+                    self._unsaid[key] = events
+                    return False
+            del events[0]
+        return True

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from world import FAULTS, GRACE, Fault, Object, Storage, World, index_of, is_open, owner_of, position, runs
+from world import FAULTS, GRACE, Fault, Object, Storage, World, index_of, is_open, owner_of, position, runs, transitions
 
 from finetune_api.failures import RULES, FailureClass, exit_code_of
 from finetune_api.names import Stage
@@ -24,7 +24,9 @@ MAX_SKEW = 45.0
 LATE_SECONDS = 15.0
 """How late an attentive operator may be."""
 
-faults = st.builds(Fault, st.integers(1, 8), st.sampled_from(FAULTS))
+faults = st.builds(
+    Fault, st.one_of(st.integers(1, 8), st.sampled_from(["jobs", "status", "events"])), st.sampled_from(FAULTS)
+)
 index = st.integers(0, 3)
 
 
@@ -464,12 +466,20 @@ class Life(RuleBasedStateMachine):
             assert "True" in (conditions.get("Complete"), conditions.get("Failed")), self.world.writes[-30:]
             assert not self.world.live_pods(), "the job is over, and a pod runs"
             assert not any(is_open(child) for child in self.world.children()), "the job is over, and a child is open"
+            self._every_transition_was_told_once(job)
         self.world.delete_job()
         for _ in range(3):
             self.world.collect()
             self.world.kubelet()
             self.world.control()
         assert not self.world.children("jobs") + self.world.pods(), "something outlives its owner"
+
+    def _every_transition_was_told_once(self, job: Object) -> None:
+        events = [e for e in self.world.children("events") if e["involvedObject"]["uid"] == job["metadata"]["uid"]]
+        messages = [event["message"] for event in events]
+        for what, beginning in transitions(job).items():
+            told = [message for message in messages if message.startswith(beginning)]
+            assert len(told) == 1 or (what in self.world.untold and not told), f"{what}: {messages}"
 
     def _is_over(self) -> bool:
         job = self.world.job

@@ -88,7 +88,7 @@ def export_takes_the_newest_attempt(patch: pytest.MonkeyPatch) -> None:
 
 def the_status_is_written_over_whatever_is_there(patch: pytest.MonkeyPatch) -> None:
     """A next attempt is created in the look that decides it, and a conflict is taken for success."""
-    write = reconcile.Reconciler._write_status
+    write = reconcile.reconcile.Reconciler._write_status
 
     async def careless(self: Any, job: Any, planned: Any) -> None:
         with contextlib.suppress(ApiError):
@@ -146,6 +146,27 @@ def a_job_is_left_when_its_attempt_has_ended(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(plan._Stage, "_next", lambda *arguments: replace(following(*arguments), delete=()))
 
 
+def what_a_lost_answer_was_about_is_not_told(patch: pytest.MonkeyPatch) -> None:
+    retry = reconcile.Reconciler._retry
+
+    def forgetful(self: Any, key: Any, error: Exception) -> float:
+        self._unsure.pop(key, None)
+        return retry(self, key, error)
+
+    patch.setattr(reconcile.Reconciler, "_retry", forgetful)
+
+
+def events_are_not_tried_again(patch: pytest.MonkeyPatch) -> None:
+    record = reconcile.Reconciler._record_events
+
+    async def once(self: Any, key: Any) -> bool:
+        said = await record(self, key)
+        self._unsaid.pop(key, None)
+        return said
+
+    patch.setattr(reconcile.Reconciler, "_record_events", once)
+
+
 BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_restart_is_not_counted,
     preemptions_are_charged_beyond_the_limit,
@@ -162,4 +183,6 @@ BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_job_expires_at_once,
     nothing_is_learnt_from_reports,
     a_job_is_left_when_its_attempt_has_ended,
+    what_a_lost_answer_was_about_is_not_told,
+    events_are_not_tried_again,
 ]

@@ -43,9 +43,10 @@ class Crash(BaseException):
 
 @dataclass
 class Fault:
-    """What befalls the operator's n-th request of one look."""
+    """What befalls one request of one look of the operator."""
 
-    request: int
+    request: int | str
+    """The n-th, or the first that writes this."""
     kind: str
     """error, throttled, reset, lost, crash or crash-after."""
 
@@ -102,6 +103,8 @@ class World:
         self.fault: Fault | None = None
         self.due: datetime | None = None
         """When the operator wants to look again."""
+        self.untold: set[str] = set()
+        """What an operator that died may have had no time to tell."""
         self._counter = 0
         self._requests = 0
         self._unreachable = False
@@ -131,16 +134,18 @@ class World:
         except StopIteration:
             pass
         except Crash:
+            self.untold |= set(transitions(self.job))
             self._restart_operator()
             self.due = self.now
         finally:
             self.fault = None
 
-    def _request(self) -> Iterator[None]:
+    def _request(self, write: str = "") -> Iterator[None]:
         """A request of the operator, with what befalls it before and after it is served."""
         self._requests += 1
-        fault = self.fault if self.fault is not None and self.fault.request == self._requests else None
+        fault = self.fault if self.fault is not None and self.fault.request in (self._requests, write) else None
         if fault:
+            self.fault = None
             fault.before()
         yield
         if fault:
@@ -168,7 +173,7 @@ class World:
 
     async def create(self, kind: Kind, namespace: str, body: Object, **query: str) -> Object:
         name = body["metadata"]["name"]
-        for _ in self._request():
+        for _ in self._request(kind.plural):
             if self.webhook_refuses and kind.plural == "jobs":
                 raise ApiError(403, "admission webhook denied the request")
             if (kind.plural, name) in self.objects:
@@ -191,7 +196,7 @@ class World:
             self.writes.append(f"delete {kind.plural}/{name}")
 
     async def patch_status(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
-        for _ in self._request():
+        for _ in self._request("status"):
             found = self.objects.get((kind.plural, name))
             if found is None:
                 raise ApiError(404, "not found")
@@ -283,6 +288,7 @@ class World:
             },
         )
         self.storage[job["metadata"]["uid"]] = Storage()
+        self.untold = set()
 
     def edit(self, **changes: Any) -> None:
         job = self.job
@@ -558,6 +564,19 @@ class World:
 def _shown(item: Object) -> Object:
     """A copy of what the API server knows of an object."""
     return copy.deepcopy({key: value for key, value in item.items() if key != "trainer"})
+
+
+def transitions(job: Object | None) -> dict[str, str]:
+    """What a job's status says that happened, and how the message of its event begins."""
+    status = (job or {}).get("status") or {}
+    found = {}
+    for entry in [*status.get("history", []), *filter(None, [status.get("attempt")])]:
+        stage, number = entry["stage"], entry["number"]
+        found[f"{stage} {number}"] = f"Started {stage} attempt {number} "
+    for condition in status.get("conditions", []):
+        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
+            found["end"] = condition["message"]
+    return found
 
 
 def owner_of(item: Object) -> str:
