@@ -110,6 +110,7 @@ def _impossible(spec: FineTuneJobSpec | None, settings: Settings) -> str:
         return ""
     uris = [spec.model.uri, spec.output.uri, *(file.uri for file in spec.dataset.train)]
     uris += [file.uri for file in spec.dataset.validation or []]
+    uris += [uri for uri in (spec.storage.work_uri,) if uri is not None]
     local = next((uri for uri in uris if uri.startswith("file://")), None)
     if local is None:
         return ""

@@ -562,8 +562,16 @@ class TestSpecsThatCannotWork:
         assert story.condition("Failed") == ("True", "UserError")
         assert 'Job "bot-train-1" is invalid: bad' in story.body["status"]["failure"]["message"]
 
-    def test_local_files_are_refused_in_a_cluster_and_allowed_in_local_mode(self) -> None:
-        changes = {"model": {"uri": "file:///models/base"}}
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"model": {"uri": "file:///models/base"}},
+            {"output": {"uri": "file:///models/tuned"}},
+            {"storage": {"workURI": "file:///work"}},
+        ],
+        ids=str,
+    )
+    def test_local_files_are_refused_in_a_cluster_and_allowed_in_local_mode(self, changes: dict[str, Any]) -> None:
         story = Story(**changes)
         planned = story.look()
         assert planned.create == ()
