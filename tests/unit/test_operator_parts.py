@@ -62,6 +62,13 @@ class TestChildren:
             assert owner["blockOwnerDeletion"] is False
             assert "finalizers" not in child["metadata"]
 
+    @pytest.mark.parametrize("stage", list(Stage))
+    def test_kubernetes_tries_nothing_again_by_itself(self, stage: Stage) -> None:
+        """Who else starts pods again counts them in another way."""
+        *_, job = build(stage)
+        assert job["spec"]["backoffLimit"] == 0
+        assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
     def test_the_pod_gets_secrets_by_reference_only(self) -> None:
         config_map, job = build(storage={"secretRef": {"name": "s3"}})
         assert container(storage={"secretRef": {"name": "s3"}})["envFrom"] == [{"secretRef": {"name": "s3"}}]
