@@ -117,7 +117,7 @@ class TestTheStraightWay:
             progress=progress(100),
             resolved=Resolved(precision="BF16"),
             evaluation=EvaluationResult(tuned=loss),
-            checkpoint=CheckpointResult(step=100, uri="s3://w/c"),
+            checkpoint=CheckpointResult(step=100, uri="s3://w/c", time=format_time(NOW)),
             resumed_from_step=0,
         )
         story.look([complete(TRAIN)], [ended_pod(TRAIN, report=trained)])
@@ -135,6 +135,7 @@ class TestTheStraightWay:
         assert status.progress.percent == "100%"
         assert status.artifacts[0].uri == "s3://models/tuned"
         assert status.verification is not None
+        assert status.checkpoint == trained.checkpoint
         assert story.condition("Checkpointed") == ("True", "CheckpointSaved")
 
     def test_a_job_whose_pods_are_long_gone_still_comes_to_its_end(self) -> None:
