@@ -47,7 +47,7 @@ class Operator:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.queue: WorkQueue[Key] = WorkQueue()
+        self.queue: WorkQueue[Key] = WorkQueue(late=self.metrics.queue_wait.observe)
         self.stopping = asyncio.Event()
         self._exits = contextlib.AsyncExitStack()
         self._reader = ProgressReader()
@@ -176,11 +176,11 @@ class Operator:
                 self.metrics.last_resync.set_to_current_time()
             await asyncio.sleep(self.settings.resync_seconds)
 
-    async def _compare(self, kube: Kube, kind: Kind, namespace: str | None, **query: str) -> dict[Name, str]:
-        """List objects, and judge the watch that should have shown them."""
+    async def _compare(self, kube: Kube, kind: Kind, namespace: str | None, **query: str) -> set[Name]:
+        """List objects, and judge the watch that should have shown them. Returns their names, and those of objects that
+        are gone since the last list: that they were deleted may have been missed."""
         found = await kube.versions(kind, namespace, **query)
-        self._watches[kind.plural, namespace].compare(found)
-        return found
+        return self._watches[kind.plural, namespace].compare(found) | found.keys()
 
 
 async def _end(task: asyncio.Task[None]) -> None:

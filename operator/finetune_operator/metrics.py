@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from finetune_api.status import FineTuneJobStatus, Phase
 from finetune_operator.resource import FineTuneJob, parse_time
 
+_LATE = [0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300]
 _HOURS = [60, 300, 900, 1800, 3600, 2 * 3600, 4 * 3600, 8 * 3600, 24 * 3600, 72 * 3600]
 
 
@@ -39,6 +40,12 @@ class Metrics:
         )
         self.queue_depth = Gauge(
             "finetune_operator_queue_depth", "Jobs that wait for a look, due or not.", registry=self.registry
+        )
+        self.queue_wait = Histogram(
+            "finetune_operator_queue_wait_seconds",
+            "How late looks at jobs begin, and with them deadlines and times to live.",
+            buckets=_LATE,
+            registry=self.registry,
         )
         self.last_resync = Gauge(
             "finetune_operator_last_successful_resync_timestamp_seconds",

@@ -15,14 +15,22 @@ class Watch:
         self.silent = False
         self._shown: dict[Name, str] = {}
         self._missed: dict[Name, str] = {}
+        self._absent: set[Name] = set()
 
     def show(self, name: Name, version: str) -> None:
         """The watch has shown this version of an object."""
         self._shown[name] = version
 
-    def compare(self, found: Mapping[Name, str]) -> None:
-        """Versions in a list. News may be on their way; what is missing from one list to the next never comes."""
-        self._shown = {name: version for name, version in self._shown.items() if name in found}
+    def compare(self, found: Mapping[Name, str]) -> set[Name]:
+        """Versions in a list. News may be on their way; what is missing from one list to the next never comes. Returns
+        the names of objects that were shown or listed before, and are gone."""
+        absent = self._shown.keys() - found.keys()
+        gone = absent | (self._missed.keys() - found.keys())
+        for name in absent & self._absent:
+            # Once it may have been made while the list was on its way.
+            del self._shown[name]
+        self._absent = absent
         missed = {name: version for name, version in found.items() if self._shown.get(name) != version}
         self.silent = any(self._missed.get(name) == version for name, version in missed.items())
         self._missed = missed
+        return gone

@@ -14,10 +14,17 @@ from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
+STALE_TIMES = 100
+"""Times of which an earlier one took the place are forgotten when there are so many more of them than of others."""
+
 
 class WorkQueue(Generic[Key]):
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, late: Callable[[float], object] = lambda seconds: None
+    ) -> None:
+        """`late` is told how long after its time each key is worked on."""
         self._clock = clock
+        self._late = late
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._order = itertools.count()
@@ -31,6 +38,10 @@ class WorkQueue(Generic[Key]):
         if at < self._due.get(key, float("inf")):
             self._due[key] = at
             heapq.heappush(self._heap, (at, next(self._order), key))
+            if len(self._heap) > 2 * len(self._due) + STALE_TIMES:
+                # They may be a week away, and one more comes with each look.
+                self._heap = [entry for entry in self._heap if self._due.get(entry[2]) == entry[0]]
+                heapq.heapify(self._heap)
             self._changed.set()
 
     def __len__(self) -> int:
@@ -77,6 +88,7 @@ class WorkQueue(Generic[Key]):
                     break
                 del self._due[key]
                 self._busy.add(key)
+                self._late(-wait)
                 found = key
                 break
             for entry in skipped:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from aiohttp import web
@@ -82,7 +83,7 @@ async def short(exchange: Exchange) -> web.StreamResponse | None:
 
 
 def test_a_job_is_done_once_on_a_bad_line(
-    scripted_server: TestServer, namespace: str, start: Start, job: Job, kubelet: ScriptedKubelet
+    scripted_server: TestServer, proxy: FaultProxy, namespace: str, start: Start, job: Job, kubelet: ScriptedKubelet
 ) -> None:
     dice = random.Random(7)
     kinds = itertools.cycle((late, cut, lost, throttled, broken))
@@ -113,6 +114,9 @@ def test_a_job_is_done_once_on_a_bad_line(
     assert sorted(created) == [f"bot-{stage}-1" for stage in sorted(STAGES)]
     assert job.status()["restarts"] == {"charged": 0, "preemptions": 0, "outOfMemory": 0}
     assert "failure" not in job.status()
+    asked = [seen for seen in proxy.seen if not seen.is_write and seen.path.endswith(("/jobs", "/pods"))]
+    assert any(seen.is_watch for seen in asked)
+    assert all("labelSelector=finetune.dev" in unquote(seen.query) for seen in asked), "those of others are many"
 
 
 def test_a_job_is_done_once_when_no_write_is_ever_answered(

@@ -51,6 +51,10 @@ class Queue:
         found: dict[str, Any] = self._client.get(f"{self._jobs}/{name}").body
         return found
 
+    def workloads(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._client.get(self._workloads).body["items"]
+        return found
+
     def see(self, name: str, message: str) -> None:
         """Make the Workload of a Job, which waits."""
         eventually(lambda: self._client.get(f"{self._jobs}/{name}").code == 200)
@@ -182,9 +186,18 @@ def test_a_job_that_waits_in_a_queue_is_suspended_by_its_user(
     job.create(scheduling={"queueName": "team-a", "cpuQueueName": "team-a-cpu"})
     job.until(phase="Queued")
     assert queue.job("bot-prepare-1")["metadata"]["labels"][LABEL_QUEUE] == "team-a-cpu"
+    queue.see("bot-prepare-1", "wait")
+    queue.admit("bot-prepare-1")
+    job.until(phase="Pending")
+    # Its pod is not ready in time. The attempt stays, and is neither a failure nor a preemption.
+    queue.evict("bot-prepare-1")
+    status = job.until(phase="Queued")
+    assert (status["attempt"]["number"], status["restarts"]["preemptions"]) == (1, 0)
     job.change(suspend=True)
     job.until(phase="Suspended")
     assert job.children() == []
+    # With the Workload goes the quota that it has.
+    eventually(lambda: queue.workloads() == [])
     job.change(suspend=False)
     job.until(phase="Queued")
     assert [item["metadata"]["name"] for item in job.children()] == ["bot-prepare-2"]

@@ -396,6 +396,21 @@ class TestStalls:
         )
         assert ended(run).failure is None
 
+    def test_training_has_its_time_again_when_it_comes_back(self, start: Callable[..., AgentRun]) -> None:
+        """The last step was long ago by the clock of the node, which may also have been set."""
+        run = start(
+            "train",
+            train="""
+            reporter.update(progress=StepProgress(step=8, total_steps=9, last_step_time='2026-01-01T00:00:00Z'))
+            reporter.phase('Saving')
+            reporter.phase('Training')
+            started = time.monotonic()
+            wait_for(lambda: time.monotonic() - started > 1.5)
+            """,
+            stall_seconds=60,
+        )
+        assert ended(run).failure is None
+
 
 class TestSecrets:
     def test_they_leave_the_pod_nowhere(self, start: Callable[..., AgentRun], job: TestJob) -> None:

@@ -22,7 +22,7 @@ from finetune_api.status import CheckpointResult
 from finetune_trainer import bundle, checkpoints, models
 from finetune_trainer.checkpoints import CheckpointUploader, StoredCheckpoint, fetch_newest
 from finetune_trainer.plan import require_plan
-from finetune_trainer.reporting import Reporter
+from finetune_trainer.reporting import Reporter, now
 from finetune_trainer.storage import Folder, open_folder
 from finetune_trainer.storage.base import BrokenObject
 
@@ -318,12 +318,14 @@ class TestUploader:
         for step in (5, 10):
             store(work, tmp_path, 1, step)
         uploader, reporter = self.uploader(job, work, 1)
+        before = now()
         uploader.submit(folder, 15, 0.5)
         uploader.close()
         assert [checkpoint.step for checkpoint in checkpoints.find(work, [1])] == [15, 10]
         assert work.list("train/1/checkpoints/5/") == []
         assert reporter.report.checkpoint is not None
         assert reporter.report.checkpoint.step == 15
+        assert before <= (reporter.report.checkpoint.time or "") <= now()
         assert float(reporter.report.checkpoint.save_seconds or 0) >= 0.5
         assert not folder.exists()
 

@@ -21,6 +21,7 @@ from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer import evaluate, layout, models
 from finetune_trainer.data import prepared
+from finetune_trainer.reporting import Reporter
 from finetune_trainer.world import World
 
 ADAPTERS = ["Full", "LoRA", "QLoRA"]
@@ -261,10 +262,17 @@ class TestEvaluation:
         assert report.evaluation.base.loss == "1.2345"
         assert job.bucket.json(f"{job.work}/{layout.BASE_EVALUATION}") == stored
 
-    def test_during_training(self, train: Train) -> None:
+    def test_during_training(self, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In a phase of its own: while it is Training the agent waits for steps, and many rows are no hang."""
+        seen: list[str] = []
+        enter, measure = Reporter.phase, evaluate.measure
+        monkeypatch.setattr(Reporter, "phase", lambda self, name: seen.append(name) or enter(self, name))
+        monkeypatch.setattr(evaluate, "measure", lambda *rest: seen.append("measures") or measure(*rest))
         run = train(hyperparameters={"maxSteps": 4}, evaluation={"everySteps": 2})
         assert run.report.evaluation is not None
         assert run.report.evaluation.tuned is not None
+        begun = seen.index("Training")
+        assert seen[begun : begun + 4] == ["Training", "Evaluating", "measures", "Training"]
 
 
 class TestBatches:

@@ -9,7 +9,7 @@ from typing import Any
 import cel_cost
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api import crd, report, uri
@@ -237,10 +237,12 @@ class TestReport:
         small = full_report().model_copy(update={"failure": None})
         assert report.decode(small.encode()) == small
 
+    @settings(deadline=None)
     @given(st.binary(max_size=200))
     def test_anything_can_be_decoded_and_most_of_it_is_no_report(self, data: bytes) -> None:
         report.decode(data)
 
+    @settings(deadline=None)
     @given(st.text(max_size=400))
     def test_what_a_longer_older_report_left_behind_is_ignored(self, rest: str) -> None:
         new = report.Report(job_uid="u", stage=Stage.PREPARE, attempt=1)

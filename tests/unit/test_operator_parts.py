@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from builders import SETTINGS, job_body
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_api.document import JobDocument
@@ -61,6 +61,13 @@ class TestChildren:
             assert owner["controller"] is True
             assert owner["blockOwnerDeletion"] is False
             assert "finalizers" not in child["metadata"]
+
+    @pytest.mark.parametrize("stage", list(Stage))
+    def test_kubernetes_tries_nothing_again_by_itself(self, stage: Stage) -> None:
+        """Who else starts pods again counts them in another way."""
+        *_, job = build(stage)
+        assert job["spec"]["backoffLimit"] == 0
+        assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
     def test_the_pod_gets_secrets_by_reference_only(self) -> None:
         config_map, job = build(storage={"secretRef": {"name": "s3"}})
@@ -263,11 +270,13 @@ _objects = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(_objects, _objects)
 def test_a_merge_patch_turns_one_object_into_the_other(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert apply_merge_patch(before, merge_patch(before, after)) == after
 
 
+@settings(deadline=None)
 @given(_objects)
 def test_nothing_to_change_is_an_empty_patch(value: dict[str, Any]) -> None:
     assert merge_patch(value, value) == {}

@@ -21,6 +21,7 @@ from finetune_operator.handlers import Operator
 from finetune_operator.kube import FINETUNE_JOBS, ApiError
 from finetune_operator.progress import ProgressReader
 from finetune_operator.watches import Watch
+from finetune_operator.work_queue import WorkQueue
 
 
 @contextlib.asynccontextmanager
@@ -224,16 +225,36 @@ class TestWatch:
         watch.compare({("team", "bot"): "1"})
         assert not watch.silent
 
+    @pytest.mark.parametrize("shown", [False, True])
+    def test_what_is_deleted_is_named(self, shown: bool) -> None:
+        watch = Watch()
+        if shown:
+            watch.show(("team", "bot"), "1")
+        else:
+            assert watch.compare({("team", "bot"): "1"}) == set()
+        assert watch.compare({}) == {("team", "bot")}
+        watch.compare({})
+        assert watch.compare({}) == set(), "not for ever"
+
+    def test_what_is_made_while_a_list_is_on_its_way_is_not_missed(self) -> None:
+        watch = Watch()
+        watch.show(("team", "bot"), "1")
+        watch.compare({})
+        for _ in range(3):
+            watch.compare({("team", "bot"): "1"})
+            assert not watch.silent
+
 
 class Lists:
     """Of everything in a cluster: one job."""
 
     failing = False
+    deleted = False
 
     async def versions(self, kind: Any, namespace: str | None, **_: Any) -> dict[tuple[str, str], str]:
         if self.failing:
             raise ApiError(500, "no")
-        return {("team", "bot"): "7"} if kind is FINETUNE_JOBS else {}
+        return {("team", "bot"): "7"} if kind is FINETUNE_JOBS and not self.deleted else {}
 
 
 class TestProbes:
@@ -280,6 +301,16 @@ class TestProbes:
         task = operator._run("resync", asyncio.sleep(0))
         await task
         assert operator.unhealthy() == "resync ended\n"
+
+    async def test_a_job_whose_deletion_was_missed_is_looked_at_once_more(self) -> None:
+        """Else its series would stay until the operator ends."""
+        operator, lists = Operator(SETTINGS), Lists()
+        await self.resync(operator, 1, lists)
+        lists.deleted = True
+        for expected in (1, 0):
+            operator.queue = WorkQueue()
+            await self.resync(operator, 1, lists)
+            assert len(operator.queue) == expected
 
     async def test_a_silent_watch_is_unhealthy(self) -> None:
         operator = Operator(SETTINGS)

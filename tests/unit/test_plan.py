@@ -117,7 +117,7 @@ class TestTheStraightWay:
             progress=progress(100),
             resolved=Resolved(precision="BF16"),
             evaluation=EvaluationResult(tuned=loss),
-            checkpoint=CheckpointResult(step=100, uri="s3://w/c"),
+            checkpoint=CheckpointResult(step=100, uri="s3://w/c", time=format_time(NOW)),
             resumed_from_step=0,
         )
         story.look([complete(TRAIN)], [ended_pod(TRAIN, report=trained)])
@@ -135,6 +135,7 @@ class TestTheStraightWay:
         assert status.progress.percent == "100%"
         assert status.artifacts[0].uri == "s3://models/tuned"
         assert status.verification is not None
+        assert status.checkpoint == trained.checkpoint
         assert story.condition("Checkpointed") == ("True", "CheckpointSaved")
 
     def test_a_job_whose_pods_are_long_gone_still_comes_to_its_end(self) -> None:
@@ -363,6 +364,30 @@ class TestFailures:
         story.look([exited(TRAIN, 1, 137)], [ended_pod(TRAIN, 1, 137, reason="OOMKilled")])
         assert story.body["status"]["failure"]["class"] == "OutOfMemoryHost"
         assert disposition_of(FailureClass.OUT_OF_MEMORY_HOST) is disposition_of(FailureClass.KILLED)
+
+    def test_how_a_pod_ended_is_known_when_it_is_gone(self) -> None:
+        story = Story(failurePolicy={"backoffSeconds": 0})
+        story.prepared()
+        story.look([exited(TRAIN, 1, 137)], [ended_pod(TRAIN, 1, 137, reason="OOMKilled")])
+        story.look([exited(TRAIN, 1, 137), child_job(TRAIN, 2)], after=3600)
+        failure, last = story.body["status"]["failure"], story.body["status"]["history"][-1]
+        for said in (failure, last):
+            assert (said["class"], said["exitCode"], said["node"]) == ("OutOfMemoryHost", 137, "node1")
+
+    def test_a_job_whose_pods_die_one_after_the_other_does_not_run(self) -> None:
+        """It runs while a pod does, and not because its Job is there."""
+        story = Story(failurePolicy={"backoffSeconds": 60})
+        story.prepared()
+        for attempt in (1, 2):
+            child = child_job(TRAIN, attempt)
+            story.look([child], [child_pod(TRAIN, attempt)])
+            assert story.condition("Running") == ("False", "WaitingForPod")
+            story.look([child], [running_pod(TRAIN, attempt)])
+            assert story.condition("Running") == ("True", "Training")
+            story.look([exited(TRAIN, attempt, 137)], [ended_pod(TRAIN, attempt, 137)])
+            assert story.condition("Running") == ("False", "Restarting")
+            story.look([exited(TRAIN, attempt, 137)], after=3600)
+            assert story.condition("Running") == ("False", "WaitingForPod")
 
     def test_the_attempt_after_a_failure_succeeds_and_the_failure_is_forgotten(self) -> None:
         story = Story(failurePolicy={"backoffSeconds": 0})

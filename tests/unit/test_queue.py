@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from builders import NOW, Story, child_job, complete, created, deleted, exited, running_pod
+from builders import NOW, Story, child_job, child_pod, complete, created, deleted, exited, running_pod
 from test_plan import saved
 
 from finetune_api.names import Stage
@@ -166,6 +166,19 @@ class TestEviction:
         assert [(entry["outcome"], entry["number"]) for entry in story.body["status"]["history"][1:]] == [
             ("Preempted", 1)
         ]
+
+    def test_the_condition_running_follows_the_pod(self) -> None:
+        """`kubectl wait --for=condition=Running` ends when it runs again, neither before nor never."""
+        story = self.evicted()
+        story.look(waiting())
+        assert story.condition("Running") == ("False", "Queued")
+        child = child_job(TRAIN, queue="team-a")
+        story.look([child], [child_pod(TRAIN)], after=60)
+        assert story.condition("Running") == ("False", "WaitingForPod")
+        story.look([child], [running_pod(TRAIN, since=story.now)], after=60)
+        assert story.condition("Running") == ("True", "Training")
+        (since,) = [c["lastTransitionTime"] for c in story.body["status"]["conditions"] if c["type"] == "Running"]
+        assert since == format_time(story.now)
 
     def test_clocks_stop_in_the_queue(self) -> None:
         story = self.evicted()

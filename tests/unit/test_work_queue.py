@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from finetune_operator.work_queue import WorkQueue
+from finetune_operator.work_queue import STALE_TIMES, WorkQueue
 
 
 class Clock:
@@ -47,6 +47,39 @@ async def test_an_earlier_time_wins_over_a_later_one() -> None:
     await drain(queue, done, 1)
     assert done == ["a"]
     assert len(queue) == 0, "the later times are forgotten"
+
+
+async def test_times_that_do_not_count_any_more_take_no_memory() -> None:
+    """A job that is over and has a week to live is looked at each minute."""
+    clock = Clock()
+    queue: WorkQueue[str] = WorkQueue(clock)
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        done.append(key)
+        queue.add(key, 604_800 - clock.now)
+
+    task = asyncio.create_task(queue.run(work, workers=1))
+    async with asyncio.timeout(30):
+        for look in range(1000):
+            clock.now += 60.1
+            queue.add("a")
+            while len(done) == look:
+                await asyncio.sleep(0)
+    task.cancel()
+    assert len(queue._heap) <= STALE_TIMES + 2
+
+
+async def test_it_is_said_how_late_a_key_is() -> None:
+    clock = Clock()
+    late: list[float] = []
+    queue: WorkQueue[str] = WorkQueue(clock, late.append)
+    queue.add("a", delay=5)
+    queue.add("b", delay=9)
+    clock.now = 10
+    done: list[str] = []
+    await drain(queue, done, 2, workers=1)
+    assert (done, late) == (["a", "b"], [5, 1])
 
 
 async def test_a_key_that_becomes_dirty_while_it_is_worked_on_is_worked_on_again_but_never_twice_at_once() -> None:

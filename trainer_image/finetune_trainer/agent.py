@@ -113,6 +113,9 @@ class Agent:
         self._final: Report | None = None
         self._last_message = b""
         self._oom_kills = _oom_kills()
+        self._last_step: tuple[int, str | None] | None = None
+        """The step that was seen last, and its time; None while training does something else."""
+        self._last_step_seen = 0.0
 
     def run(self) -> int:
         """Run the stage; returns the exit code."""
@@ -268,11 +271,16 @@ class Agent:
         self._wake.put(None)
 
     def _is_stalled(self) -> bool:
+        """Whether training makes no step. Its time begins anew when it comes back from something else, such as saving;
+        and the clock is our own, since that of the node may be set."""
         report = self.report()
         if report.phase != "Training" or report.progress is None:
+            self._last_step = None
             return False
-        # Before the first step the report is as old as the phase.
-        return _age(report.progress.last_step_time or report.update_time) > self._document.stall_seconds
+        step = (report.progress.step, report.progress.last_step_time)
+        if step != self._last_step:
+            self._last_step, self._last_step_seen = step, time.monotonic()
+        return time.monotonic() - self._last_step_seen > self._document.stall_seconds
 
     # Other pods
 

@@ -198,10 +198,15 @@ class LoopCallback(TrainerCallback):
             self._report(state, {})
 
     def _measure(self, model: Any, state: TrainerState) -> None:
+        if self._reporter:
+            # Many rows are no hang.
+            self._reporter.phase("Evaluating")
         result = evaluate.measure(model, self._validation, self._world)
         if result and self._reporter:
             log.info("step %d: validation loss %s, perplexity %s", state.global_step, result.loss, result.perplexity)
             self._reporter.evaluation(tuned=result)
+        if self._reporter:
+            self._reporter.phase("Training")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._world.barrier()  # every process has written its part
