@@ -21,12 +21,15 @@ FILE_NAME = "finetunejobs.yaml"
 
 PRINTER_COLUMNS = [
     ("Phase", "string", ".status.phase", "Derived from the conditions, for people", 0),
+    ("Reason", "string", ".status.reason", "Why it is in this phase, in one word", 0),
     ("Method", "string", ".spec.method.adapter.type", "What is trained", 0),
     ("Progress", "string", ".status.progress.percent", "Share of the steps that are done", 0),
     ("ETA", "string", ".status.progress.eta", "Time to the last step", 0),
     ("Loss", "string", ".status.progress.loss", "Training loss of the last logged step", 0),
     ("Restarts", "integer", ".status.restarts.charged", "Restarts after failures; preemptions are not counted", 0),
     ("Age", "date", ".metadata.creationTimestamp", "Time since the job was created", 0),
+    ("Preemptions", "integer", ".status.restarts.preemptions", "Restarts that were the cluster's doing", 1),
+    ("Queued", "integer", ".status.queue.position", "Place in its queue; 1 is next", 1),
     ("Step", "integer", ".status.progress.currentStep", "Optimiser steps done", 1),
     ("Perplexity", "string", ".status.evaluation.tuned.perplexity", "Of the tuned model on the validation rows", 1),
     ("Output", "string", ".spec.output.uri", "Where the tuned model goes", 1),

@@ -18,6 +18,8 @@ MAX_MESSAGE = 1024
 """Characters of a condition's message; `failure.message` may be longer, and the log has it all. Such a bound never
 shrinks: a stored status that breaks it could not be read any more."""
 
+MAX_NODES = 16
+"""Nodes that status.attempt names; larger jobs are rare, and a status is written often."""
 MAX_HISTORY = 10
 """Attempts that status.history keeps."""
 MAX_PAST_MESSAGE = 100
@@ -91,6 +93,7 @@ class Reason(StrEnum):
     CONTAINER_CONFIG_ERROR = "ContainerConfigError"
     # Checkpointed
     CHECKPOINT_SAVED = "CheckpointSaved"
+    CHECKPOINT_SLOW = "CheckpointSlow"
     # ProgressAvailable
     PROGRESS_RECEIVED = "ProgressReceived"
     UNREACHABLE = "Unreachable"
@@ -107,6 +110,7 @@ class Reason(StrEnum):
     TRAINING_COMPLETE = "TrainingComplete"
     # events only
     STAGE_STARTED = "StageStarted"
+    CHECKPOINT_FAILED = "CheckpointFailed"
     FIRST_STEP = "FirstStep"
 
 
@@ -155,12 +159,16 @@ class Attempt(ApiModel):
     """How it ended; absent while it goes on."""
     seen_time: _Time | None = None
     """When its pod was last seen to run, kept to the minute."""
+    nodes: Annotated[list[_Name], Field(max_length=MAX_NODES)] | None = None
+    """Nodes that its first pods run on, by the index of the pod."""
     overdue_time: _Time | None = None
     """Since when its pod has not ended though it should have."""
     gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs that it holds while it runs."""
     resumed_from_step: Annotated[int, Field(ge=0)] | None = None
     """Step of the checkpoint it started from; 0 is a start from the base model."""
+    checkpoint_failures: Annotated[int, Field(ge=0)] | None = None
+    """Checkpoints that could not be stored."""
 
 
 class PastAttempt(ApiModel):
@@ -231,8 +239,10 @@ class QueueStatus(ApiModel):
 
 
 class Progress(ApiModel):
-    """How far training is. Written at most every ten seconds."""
+    """How far training is. Written at most every ten seconds, and never going back within an attempt that runs on."""
 
+    attempt: Annotated[int, Field(ge=1)] | None = None
+    """Attempt that made the last steps; absent while it has to begin again, because its queue took its pod away."""
     percent: Annotated[str, StringConstraints(max_length=8)]
     """Share of the steps that are done, such as "42%"."""
     current_step: Annotated[int, Field(ge=0)]
@@ -420,10 +430,12 @@ class FineTuneJobStatus(ApiModel):
     """Generation of the spec that this status speaks of."""
     phase: Phase | None = None
     """One word for people, derived from the conditions; programs read the conditions."""
+    reason: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """Why the job is in this phase: the reason of the condition behind it, or the class of its failure."""
     conditions: Annotated[
         list[Condition],
         Field(
-            max_length=12,
+            max_length=11,
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
         ),
     ] = []

@@ -123,7 +123,7 @@ class Conflict:
 class Observation:
     jobs: tuple[ChildJob, ...] = ()
     pods: tuple[ChildPod, ...] = ()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Waiting, ...] = ()
     """Of the Job that has no pods, or the pod that does not start: messages of Warning events, newest first. Quota, Pod
     Security and webhooks speak nowhere else, nor do volumes that cannot be mounted."""
     workload: Workload | None = None
@@ -174,6 +174,11 @@ class Observation:
 
     def pods_of(self, stage: Stage, attempt: int) -> tuple[ChildPod, ...]:
         return tuple(pod for pod in self.pods if (pod.stage, pod.attempt) == (stage, attempt))
+
+    def nodes_of(self, stage: Stage, attempt: int) -> list[str]:
+        """Of the pods of an attempt, by their index."""
+        indexes = sorted({pod.index for pod in self.pods_of(stage, attempt)})
+        return [pod.node for index in indexes if (pod := self._pod(stage, attempt, index)) is not None]
 
     def newest_attempt(self, stage: Stage) -> int:
         return max((job.attempt for job in self.jobs if job.stage is stage), default=0)
@@ -335,8 +340,17 @@ def read_position(pending: dict[str, Any], workload: str) -> int | None:
     return None
 
 
-def read_warnings(events: Iterable[dict[str, Any]]) -> tuple[str, ...]:
-    """Messages of Warning events, newest first."""
-    warnings = [event for event in events if event.get("type") == "Warning"]
-    newest = sorted(warnings, key=lambda event: str(event.get("lastTimestamp") or ""), reverse=True)
-    return tuple(str(event.get("message") or "") for event in newest)
+def read_warnings(events: Iterable[dict[str, Any]]) -> tuple[Waiting, ...]:
+    """What keeps a Job from having pods, or a pod from having containers; newest first. Other warnings, such as that of
+    a scheduler which has found a node since, say nothing of it."""
+    telling = [event for event in events if event.get("type") == "Warning" and event.get("reason") in _OBSTACLES]
+    newest = sorted(telling, key=_time_of_event, reverse=True)
+    return tuple(Waiting(event["reason"], str(event.get("message") or "")) for event in newest)
+
+
+_OBSTACLES = {"FailedCreate", "FailedMount", "FailedAttachVolume", "FailedMapVolume", "FailedCreatePodSandBox"}
+
+
+def _time_of_event(event: dict[str, Any]) -> str:
+    series = event.get("series") or {}
+    return str(series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or "")

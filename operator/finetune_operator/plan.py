@@ -17,14 +17,22 @@ from finetune_api.failures import FailureClass
 from finetune_api.names import Stage, child_name
 from finetune_api.report import Report
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import AttemptOutcome, ConditionType, Failure, FineTuneJobStatus, QueueStatus, Reason
+from finetune_api.status import (
+    MAX_NODES,
+    AttemptOutcome,
+    ConditionType,
+    Failure,
+    FineTuneJobStatus,
+    QueueStatus,
+    Reason,
+)
 from finetune_operator import children, pods, waiting
 from finetune_operator.classify import Cause, cause_of
 from finetune_operator.config import Settings
 from finetune_operator.observe import ChildJob, ChildPod, Observation, Outcome
 from finetune_operator.pace import WAITING_SECONDS, Pace, pace_of
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
-from finetune_operator.status import MAX_FAILURE_MESSAGE, Draft, Note, cut
+from finetune_operator.status import MAX_FAILURE_MESSAGE, STAGE_CONDITION, Draft, Note, cut
 
 NO_PODS_SECONDS = 10.0
 """A Job without pods for so long has been refused them, and a pod that is created for so long waits for volumes; their
@@ -36,16 +44,22 @@ SEEN_SECONDS = 60.0
 STOPPING_SEEN_SECONDS = 10.0
 """How often it is written that a pod runs; what nobody saw is not counted."""
 
+UNREACHABLE_SECONDS = 30.0
+"""Words that are missed once are no trouble."""
+
 NODE_LOST_SECONDS = 60.0
 """A pod that is there so long after the end of its grace period is on a node that does not answer."""
 
-STAGE_CONDITION = {
-    Stage.PREPARE: ConditionType.VALIDATED,
-    Stage.TRAIN: ConditionType.RUNNING,
-    Stage.EXPORT: ConditionType.EXPORTED,
-}
 _STOPPED = (FailureClass.TERMINATED, FailureClass.KILLED, FailureClass.PREEMPTED, FailureClass.NODE_LOST)
 """How a pod ends that was told to stop."""
+_SAID_OTHERWISE = {
+    Reason.WAITING_FOR_POD,
+    Reason.RESTARTING,
+    Reason.SUSPENDED,
+    Reason.PUBLISHED,
+    Reason.WAITING_FOR_CLEANUP,
+}
+"""Reasons of a stage that are no events of their own: others say it, or it is over in a moment."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +94,10 @@ def plan(job: FineTuneJob, seen: Observation, settings: Settings, now: datetime,
     if job.spec_problem and job.status.attempt is not None:
         # It was readable when it was started, so that this operator is older than its API. A newer one goes on.
         return Plan(job.status)
-    problem = job.spec_problem or _impossible(job.spec, settings)
+    problem = job.spec_problem or (_impossible(job.spec, settings) if job.status.attempt is None else "")
     if job.spec is None or problem:
         draft.fail(_invalid(problem, now))
-        draft.derive_phase(running=False)
+        draft.derive_phase(Stage.PREPARE, running=False)
         return Plan(draft.status, notes=tuple(draft.notes))
     stage = next((stage for stage in Stage if not draft.finished(stage)), Stage.EXPORT)
     return _Stage(stage, draft, job.spec, seen, settings, now, pace or pace_of(settings)).advance()
@@ -170,11 +184,13 @@ class _Stage:
         if present is not self.seen:
             self._note_missed(self.seen.last_pod(self.stage, attempt, child.nodes if child else 1))
         self._note_eviction(child, present, last)
-        self._note_start(last)
+        self._note_start(last, present)
         self._note_overdue()
         if (ended := self._ended(attempt)) is not None:
             self.draft.note_seen(ended)
-        self.draft.learn(self._report(attempt, pod))
+        report = self._report(attempt, pod)
+        if report is not None and (report is not self.seen.live or self.draft.is_due(report, self.pace.progress)):
+            self.draft.learn(report)
         if child is not None and child.outcome is Outcome.COMPLETE:
             return self._finish(child, pod)
         if child is None or child.deleting:
@@ -352,14 +368,15 @@ class _Stage:
         history = self.draft.status.history
         known = parse_time(history[-1].end_time) if history else None
         if last is not None and last.started is not None and (known is None or last.started > known):
-            self._note_start(last)
+            self._note_start(last, self.seen)
 
-    def _note_start(self, last: ChildPod | None) -> None:
+    def _note_start(self, last: ChildPod | None, present: Observation) -> None:
         attempt = self.draft.status.attempt
         if last is None or last.started is None or attempt is None or attempt.start_time is not None:
             return
         started = format_time(last.started)
-        self.draft.set(attempt=attempt.model_copy(update={"start_time": started}))
+        nodes = [cut(node, 63) for node in present.nodes_of(self.stage, attempt.number)[:MAX_NODES]]
+        self.draft.set(attempt=attempt.model_copy(update={"start_time": started, "nodes": nodes or None}))
         if self.draft.status.start_time is None:
             self.draft.set(start_time=started)
 
@@ -384,7 +401,10 @@ class _Stage:
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"
             where = f"pod {pod.name}" if child.nodes == 1 else f"{child.nodes} pods, of which {pod.name} is the first"
-            self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in {where} ({doing}).")
+            before = self.draft.condition(ConditionType.RUNNING)
+            due = report is not None and self.draft.is_due(report, self.pace.progress)
+            if due or before is None or before.reason != Reason.TRAINING:
+                self._say("True", Reason.TRAINING, f"Train attempt {child.attempt} runs in {where} ({doing}).")
             self._watch(report, pod)
         else:
             text = f"{self.stage.capitalize()} attempt {child.attempt} runs in pod {pod.name}"
@@ -400,14 +420,24 @@ class _Stage:
                 ConditionType.PROGRESS_AVAILABLE, "True", Reason.PROGRESS_RECEIVED, "The train pod answers."
             )
             self.draft.progress(report, self.pace.progress, final=False)
-        elif self.seen.unreachable and pod.delete_by is None:
-            self.draft.set_condition(
-                ConditionType.PROGRESS_AVAILABLE,
-                "False",
-                Reason.UNREACHABLE,
+        elif self.seen.unreachable and pod.delete_by is None and self._is_silent():
+            text = (
                 f"The operator cannot read the progress ({self.seen.unreachable}); training goes on. Let the network "
-                "policy allow it to reach the metrics port of the pods.",
+                "policy allow it to reach the metrics port of the pods."
             )
+            before = self.draft.condition(ConditionType.PROGRESS_AVAILABLE)
+            if before is None or before.reason != Reason.UNREACHABLE:
+                self.draft.note(Reason.UNREACHABLE, text, warning=True)
+            self.draft.set_condition(ConditionType.PROGRESS_AVAILABLE, "False", Reason.UNREACHABLE, text)
+
+    def _is_silent(self) -> bool:
+        """Nothing that the pod of the present attempt says was written down for a while."""
+        attempt, progress = self.draft.status.attempt, self.draft.status.progress
+        assert attempt is not None
+        mine = progress is not None and progress.attempt == attempt.number
+        heard = progress.last_updated_time if progress is not None and mine else attempt.start_time
+        silent = (self.now - parse_time(heard)).total_seconds() if heard else 0.0
+        return silent >= max(UNREACHABLE_SECONDS, 2 * self.pace.progress)
 
     def _wait_for_pod(self, child: ChildJob, pod: ChildPod | None) -> Plan:
         status = "False" if self.stage is Stage.TRAIN else "Unknown"
@@ -419,7 +449,7 @@ class _Stage:
             if (self.now - child.created).total_seconds() >= NO_PODS_SECONDS:
                 events = ("Job", child.name)
                 if self.seen.warnings:
-                    reason, message = waiting.for_admission(child.name, self.seen.warnings[0])
+                    reason, message = waiting.for_admission(child.name, self.seen.warnings[0].message)
         elif pod.waiting is not None:
             reason, message = waiting.for_start(pod, self.stage)
             if pod.waiting.reason == "ContainerCreating" and (
@@ -427,7 +457,7 @@ class _Stage:
             ):
                 events = ("Pod", pod.name)
                 if self.seen.warnings:
-                    reason, message = waiting.for_volumes(pod, self.seen.warnings[0])
+                    reason, message = waiting.for_containers(pod, self.seen.warnings[0])
         if child.nodes > 1 and not child.suspended:
             message += f" {self._running(child)} of {child.nodes} pods run."
         self._queue(child)
@@ -597,8 +627,8 @@ class _Stage:
 
     def _say(self, status: str, reason: Reason, message: str) -> None:
         before = self.draft.condition(STAGE_CONDITION[self.stage])
-        if reason in waiting.NEEDS_SOMEBODY and (before is None or before.reason != reason):
-            self.draft.note(reason, message, warning=True)
+        if reason not in _SAID_OTHERWISE and (before is None or before.reason != reason):
+            self.draft.note(reason, message, warning=reason in waiting.NEEDS_SOMEBODY)
         self.draft.set_condition(STAGE_CONDITION[self.stage], status, reason, message)
 
     def _plan(
@@ -612,7 +642,7 @@ class _Stage:
         needs_events_of: tuple[str, str] | None = None,
         needs_workload_of: ChildJob | None = None,
     ) -> Plan:
-        self.draft.derive_phase(running, queued)
+        self.draft.derive_phase(self.stage, running, queued)
         if self.draft.terminal:
             look_again = 0.0  # for what is to be done after the end
         return Plan(

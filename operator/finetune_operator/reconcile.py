@@ -241,9 +241,10 @@ class Reconciler:
                     conflict = await self._conflict(job, child["kind"], name)
                     if conflict is not None:
                         return {"conflict": conflict}
-                elif error.status in (400, 403, 422):
+                elif error.status in (400, 403, 422) or _is_policy(error):
                     # Quota, a webhook, or missing rights: waiting for a person.
-                    return {"create_error": error.message, "create_invalid": error.status == 422}
+                    invalid = error.status == 422 and not _is_policy(error)
+                    return {"create_error": error.message, "create_invalid": invalid}
                 else:
                     raise
         return None
@@ -322,3 +323,9 @@ class Reconciler:
                     return False
             del events[0]
         return True
+
+
+def _is_policy(error: ApiError) -> bool:
+    """A webhook or an admission policy refuses, with whatever status it likes, or a webhook does not answer."""
+    said = ("admission webhook", "failed calling webhook", "ValidatingAdmissionPolicy")
+    return any(words in error.message for words in said)

@@ -15,6 +15,7 @@ from finetune_api.status import (
     MAX_PAST_MESSAGE,
     Attempt,
     AttemptOutcome,
+    CheckpointResult,
     Condition,
     ConditionType,
     EvaluationResult,
@@ -33,6 +34,11 @@ from finetune_operator.observe import ChildPod
 from finetune_operator.resource import FineTuneJob, format_time, parse_time
 from finetune_operator.restarts import decide
 
+STAGE_CONDITION = {
+    Stage.PREPARE: ConditionType.VALIDATED,
+    Stage.TRAIN: ConditionType.RUNNING,
+    Stage.EXPORT: ConditionType.EXPORTED,
+}
 MAX_FAILURE_MESSAGE = 2048
 """Characters of status.failure.message."""
 
@@ -56,7 +62,10 @@ class Draft:
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.status = self.job.status.model_copy(update={"observed_generation": self.job.generation})
+        generation = {"observed_generation": self.job.generation}
+        # Each look is at the whole spec. `kubectl wait` waits for ever for a condition that speaks of an older one.
+        conditions = [condition.model_copy(update=generation) for condition in self.job.status.conditions]
+        self.status = self.job.status.model_copy(update={**generation, "conditions": conditions})
 
     def set(self, **fields: Any) -> None:
         self.status = self.status.model_copy(update=fields)
@@ -163,8 +172,11 @@ class Draft:
         attempt, restarts = self.status.attempt, self.status.restarts or Restarts()
         assert attempt is not None
         self.set(
-            attempt=attempt.model_copy(update={"start_time": None, "seen_time": None, "resumed_from_step": None}),
+            attempt=attempt.model_copy(
+                update={"start_time": None, "seen_time": None, "nodes": None, "resumed_from_step": None}
+            ),
             restarts=restarts.model_copy(update={"preemptions": restarts.preemptions + 1}),
+            progress=self.status.progress and self.status.progress.model_copy(update={"attempt": None}),
         )
         self._no_time_left()
         text = f"The queue took the pod of {attempt.stage} attempt {attempt.number} away."
@@ -281,7 +293,7 @@ class Draft:
                 "exitCode": cause.exit_code,
                 "rank": said.rank if said else None,
                 "pod": cause.pod or (pod.name if pod else None),
-                "node": (pod.node if pod else "") or None,
+                "node": (pod.node if pod else self._node_of(cause.pod)) or None,
                 "logTail": said.log_tail if said else None,
                 "logURI": report.log_uri if report else None,
             }
@@ -305,15 +317,19 @@ class Draft:
             warning=True,
         )
 
+    def _node_of(self, pod: str | None) -> str | None:
+        """The node of a pod of the present attempt whose object is gone."""
+        attempt = self.status.attempt
+        nodes = attempt.nodes or [] if attempt is not None else []
+        if attempt is None or pod is None:
+            return nodes[0] if len(nodes) == 1 else None
+        index = pod.removeprefix(f"{attempt.job_name}-").partition("-")[0]
+        return nodes[int(index)] if index.isdecimal() and int(index) < len(nodes) else None
+
     def fail(self, failure: Failure) -> None:
         """The job ends without a model."""
-        stage_condition = {
-            Stage.PREPARE: ConditionType.VALIDATED,
-            Stage.TRAIN: ConditionType.RUNNING,
-            Stage.EXPORT: ConditionType.EXPORTED,
-        }[failure.stage]
         self.set(failure=failure, completion_time=format_time(self.now), restart_time=None)
-        self.set_condition(stage_condition, "False", failure.failure_class, failure.message)
+        self.set_condition(STAGE_CONDITION[failure.stage], "False", failure.failure_class, failure.message)
         self._not_watched()
         self.set_condition(ConditionType.FAILED, "True", failure.failure_class, failure.message)
         self.note(failure.failure_class, failure.message, warning=True)
@@ -351,28 +367,52 @@ class Draft:
             if value is not None:
                 self.set(**{name: value})
         if report.checkpoint and report.checkpoint != self.status.checkpoint:
-            self.set(checkpoint=report.checkpoint)
-            self.set_condition(
-                ConditionType.CHECKPOINTED,
-                "True",
-                Reason.CHECKPOINT_SAVED,
-                f"The checkpoint of step {report.checkpoint.step} is stored.",
-            )
+            self._learn_checkpoint(report.checkpoint)
         attempt = self.status.attempt
         if attempt and report.resumed_from_step is not None and attempt.resumed_from_step is None:
-            self.set(attempt=attempt.model_copy(update={"resumed_from_step": report.resumed_from_step}))
+            attempt = attempt.model_copy(update={"resumed_from_step": report.resumed_from_step})
+            self.set(attempt=attempt)
+        failures = report.checkpoint_failures or 0
+        if attempt and failures > (attempt.checkpoint_failures or 0):
+            self.set(attempt=attempt.model_copy(update={"checkpoint_failures": failures}))
+            text = f"{failures} checkpoints of {attempt.stage} attempt {attempt.number} could not be stored"
+            self.note(Reason.CHECKPOINT_FAILED, f"{text}; its log says why. Training goes on.", warning=True)
+
+    def _learn_checkpoint(self, checkpoint: CheckpointResult) -> None:
+        """Each is written down; only the first, and the first that is slow, are events."""
+        self.set(checkpoint=checkpoint)
+        before = self.condition(ConditionType.CHECKPOINTED)
+        reason, text = Reason.CHECKPOINT_SAVED, f"The checkpoint of step {checkpoint.step} is stored."
+        grace = self.job.spec.checkpoint.grace_period_seconds if self.job.spec is not None else None
+        if grace is not None and float(checkpoint.save_seconds or 0) > grace:
+            reason = Reason.CHECKPOINT_SLOW
+            text += (
+                f" That took {checkpoint.save_seconds} s, and a pod that is told to stop has {grace} s: set "
+                "checkpoint.gracePeriodSeconds higher, or steps are lost."
+            )
+        self.set_condition(ConditionType.CHECKPOINTED, "True", reason, text)
+        if before is None or before.reason != reason:
+            self.note(reason, text, warning=reason is Reason.CHECKPOINT_SLOW)
+
+    def is_due(self, report: Report, interval: float) -> bool:
+        """Whether what a pod says while it runs is written: every `interval` seconds, and at once an attempt's first
+        words, its first step and its last."""
+        before, attempt = self.status.progress, self.status.attempt
+        if report.progress is None or before is None or attempt is None or before.attempt != attempt.number:
+            return True
+        step = report.progress.step
+        age = (self.now - parse_time(before.last_updated_time)).total_seconds()
+        return age >= interval or (before.current_step == 0 and step > 0) or step >= report.progress.total_steps
 
     def progress(self, report: Report, interval: float, *, final: bool) -> None:
-        """Take over the progress, unless it was written less than `interval` seconds ago and nothing important
-        happened: the first step, the last one, or a new attempt that starts lower."""
-        if report.progress is None:
+        """Take over the progress if it is due, or the last that will be said. Last words may be older than what was
+        said before; an attempt does not lose steps that it has made."""
+        attempt, before = self.status.attempt, self.status.progress
+        if report.progress is None or attempt is None or not (final or self.is_due(report, interval)):
             return
-        before = self.status.progress
-        after = _progress(report.progress, self.now)
-        if before is not None and not final:
-            age = (self.now - parse_time(before.last_updated_time)).total_seconds()
-            first_step = before.current_step == 0 and after.current_step > 0
-            if age < interval and not first_step and after.current_step < after.total_steps:
+        after = _progress(report.progress, attempt.number, self.now)
+        if before is not None:
+            if before.attempt == attempt.number and after.current_step < before.current_step:
                 return
             if after.model_copy(update={"last_updated_time": before.last_updated_time}) == before:
                 return
@@ -382,9 +422,17 @@ class Draft:
 
     # For people
 
-    def derive_phase(self, running: bool, queued: bool = False) -> None:
-        """`running`: the pod of the present attempt runs. `queued`: somebody keeps it from having one."""
-        self.set(phase=self._phase(running, queued))
+    def derive_phase(self, stage: Stage, running: bool, queued: bool = False) -> None:
+        """`stage`: the one that goes on, or comes next. `running`: the pod of the present attempt runs. `queued`:
+        somebody keeps it from having one."""
+        self.set(phase=self._phase(running, queued), reason=self._reason(stage))
+
+    def _reason(self, stage: Stage) -> str | None:
+        ends = (ConditionType.COMPLETE, ConditionType.FAILED, ConditionType.SUSPENDED)
+        condition = self.condition(next(filter(self.is_true, ends), STAGE_CONDITION[stage]))
+        if condition is not None and condition.reason == Reason.RESTARTING and self.status.failure is not None:
+            return self.status.failure.failure_class
+        return condition.reason if condition is not None else None
 
     def _phase(self, running: bool, queued: bool) -> Phase:
         if self.is_true(ConditionType.COMPLETE):
@@ -412,12 +460,13 @@ def _given(model: Any) -> dict[str, Any]:
     return {name: value for name in type(model).model_fields if (value := getattr(model, name)) is not None}
 
 
-def _progress(step: StepProgress, now: datetime) -> Progress:
+def _progress(step: StepProgress, attempt: int, now: datetime) -> Progress:
     remaining = None
     if step.step_seconds is not None and step.step < step.total_steps:
         remaining = round((step.total_steps - step.step) * step.step_seconds)
     share = step.step / step.total_steps if step.total_steps else 0.0
     return Progress(
+        attempt=attempt,
         percent=f"{int(100 * share)}%",
         current_step=step.step,
         total_steps=step.total_steps,

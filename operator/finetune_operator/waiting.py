@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.names import Stage
 from finetune_api.status import Reason
-from finetune_operator.observe import ChildJob, ChildPod, Conflict, Workload
+from finetune_operator.observe import ChildJob, ChildPod, Conflict, Waiting, Workload
 
 NEEDS_SOMEBODY = {
     Reason.NAME_CONFLICT,
@@ -47,7 +47,14 @@ def for_queue(child: ChildJob, workload: Workload | None, no_kueue: bool) -> tup
     return Reason.QUEUED, f"Workload {workload.name}{place} waits in queue {child.queue}{why}"
 
 
-def for_volumes(pod: ChildPod, why: str) -> tuple[Reason, str]:
+def for_containers(pod: ChildPod, why: Waiting) -> tuple[Reason, str]:
+    """The pod has a node, which cannot create its containers yet."""
+    if why.reason == "FailedCreatePodSandBox":
+        return Reason.WAITING_FOR_POD, f"Waiting for pod {pod.name} to start ({why.reason}: {why.message})."
+    return _for_volumes(pod, why.message)
+
+
+def _for_volumes(pod: ChildPod, why: str) -> tuple[Reason, str]:
     return Reason.VOLUME_NOT_READY, (
         f"Pod {pod.name} waits for its volumes: {why} Create what is missing; it is tried again by itself."
     )
@@ -84,6 +91,9 @@ def for_start(pod: ChildPod, stage: Stage) -> tuple[Reason, str]:
         return Reason.CONTAINER_CONFIG_ERROR, (
             f"Pod {pod.name} cannot start ({told}). Create what it names, for example the Secret of storage.secretRef."
         )
+    if pod.waiting.reason == "Unschedulable" and "persistentvolumeclaim" in pod.waiting.message.lower():
+        # The scheduler says it before any node does.
+        return _for_volumes(pod, pod.waiting.message)
     if pod.waiting.reason == "Unschedulable":
         field = "resources, or widen spec.scheduling" if stage is Stage.TRAIN else f"stages.{stage}"
         return Reason.UNSCHEDULABLE, (

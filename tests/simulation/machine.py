@@ -48,6 +48,8 @@ class Life(RuleBasedStateMachine):
         self.suspensions: dict[str, int] = {}
         self.suspended_at: dict[str, int] = {}
         """Active seconds when the job was seen suspended."""
+        self.steps: dict[tuple[str, int, int], int] = {}
+        """The last step of each attempt that was written, by the uid and the preemptions so far."""
         self.starts: dict[str, set[tuple[Stage, int]]] = {}
 
     @initialize(
@@ -389,7 +391,21 @@ class Life(RuleBasedStateMachine):
                     continue  # the first one speaks
                 said = pod["trainer"]["report"].checkpoint
                 if (stage, number) == (attempt["stage"], attempt["number"]) and said and not attempt.get("endTime"):
-                    assert (status.get("checkpoint") or {}).get("step") == said.step
+                    known = (status.get("checkpoint") or {}).get("step")
+                    written = parse_time(status["progress"]["lastUpdatedTime"])
+                    recently = (self.world.now - written).total_seconds() < self.world.settings.progress_seconds
+                    assert known == said.step or recently
+
+    @invariant()
+    def progress_never_goes_back_within_an_attempt(self) -> None:
+        for uid, status in self._status():
+            progress, restarts = status.get("progress"), status.get("restarts") or {}
+            if progress is None or "attempt" not in progress:
+                continue
+            # A queue that took the pod away lets the same attempt begin again.
+            life = (uid, progress["attempt"], restarts.get("preemptions", 0))
+            assert progress["currentStep"] >= self.steps.get(life, 0), "steps that were made are gone"
+            self.steps[life] = progress["currentStep"]
 
     @invariant()
     def pods_of_an_attempt_that_has_ended_are_told(self) -> None:

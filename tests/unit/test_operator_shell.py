@@ -18,8 +18,10 @@ from finetune_api.names import Stage
 from finetune_operator import handlers, progress
 from finetune_operator.cli import commands
 from finetune_operator.handlers import Operator
-from finetune_operator.kube import FINETUNE_JOBS, ApiError
+from finetune_operator.kube import FINETUNE_JOBS, JOBS, ApiError
+from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
+from finetune_operator.reconcile import Key, Reconciler
 from finetune_operator.watches import Watch
 from finetune_operator.work_queue import WorkQueue
 
@@ -388,3 +390,59 @@ async def test_the_lease_is_looked_at_before_each_write_and_after_each_freeze(mo
     await operator.stop()
     os.kill(os.getpid(), signal.SIGCONT)
     assert Won.looked == 2, "a lease that was released is nobody's to look at"
+
+
+class TestRefusals:
+    """What stands in the way of a child is in the status of a job that has nothing else to say."""
+
+    class Cluster:
+        """Knows a new job, and refuses its children."""
+
+        def __init__(self, error: ApiError) -> None:
+            self.error = error
+            self.status: dict[str, Any] = {}
+
+        async def get(self, *_: Any) -> Any:
+            return job_body(self.status)
+
+        async def list(self, *_: Any, **__: Any) -> list[Any]:
+            return []
+
+        async def create(self, kind: Any, _: str, body: Any) -> Any:
+            if kind is JOBS:
+                raise self.error
+            return body
+
+        async def patch_status(self, *arguments: Any) -> None:
+            self.status |= arguments[-1]["status"]
+
+    async def look(self, error: ApiError) -> tuple[dict[str, Any], list[float]]:
+        cluster, again = self.Cluster(error), []
+        reconcile = Reconciler(cluster, ProgressReader(), SETTINGS, Metrics(), lambda _, delay: again.append(delay))  # type: ignore[arg-type]
+        await reconcile(Key("team", "bot"))
+        return cluster.status, again
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ApiError(403, 'jobs.batch "bot-prepare-1" is forbidden: exceeded quota: jobs'),
+            ApiError(500, 'failed calling webhook "mjob.kb.io": connection refused'),
+            ApiError(422, 'admission webhook "images.example.org" denied the request: unsigned image'),
+            ApiError(422, "jobs.batch is forbidden: ValidatingAdmissionPolicy 'images' denied request: unsigned image"),
+        ],
+        ids=str,
+    )
+    async def test_what_somebody_can_mend_is_waited_for(self, error: ApiError) -> None:
+        status, again = await self.look(error)
+        assert (status["phase"], status["reason"]) == ("Pending", "PodsRefused")
+        assert error.message in status["conditions"][0]["message"]
+        assert again == [30.0]
+
+    async def test_what_can_never_be_created_is_not(self) -> None:
+        status, _ = await self.look(ApiError(422, 'Job.batch "bot-prepare-1" is invalid: spec.template.spec: bad'))
+        assert (status["phase"], status["reason"]) == ("Failed", "UserError")
+
+    async def test_a_server_in_trouble_is_asked_again(self) -> None:
+        status, again = await self.look(ApiError(500, "etcdserver: request timed out"))
+        assert status == {}
+        assert again[0] < 2

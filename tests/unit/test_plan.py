@@ -40,7 +40,7 @@ from finetune_api.status import (
     Verification,
 )
 from finetune_operator.config import Settings
-from finetune_operator.observe import Conflict
+from finetune_operator.observe import Conflict, Waiting, read_warnings
 from finetune_operator.plan import plan
 from finetune_operator.resource import FineTuneJob, format_time
 
@@ -185,6 +185,7 @@ class TestTheEnd:
                     "status": "True",
                     "reason": "Done",
                     "message": "",
+                    "observedGeneration": 3,
                     "lastTransitionTime": format_time(NOW),
                 }
             ],
@@ -455,11 +456,75 @@ class TestProgress:
         story = Story()
         story.prepared()
         for _ in range(100):
-            story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=60, unreachable="TimeoutError")
+            planned = story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=60, unreachable="TimeoutError")
         assert story.condition("ProgressAvailable") == ("False", "Unreachable")
+        assert planned.notes == (), "said once"
         assert story.condition("Running") == ("True", "Training")
         story.look([child_job(TRAIN)], [running_pod(TRAIN)], live=report(TRAIN, progress=progress(1)))
         assert story.condition("ProgressAvailable") == ("True", "ProgressReceived")
+        story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=2, unreachable="TimeoutError")
+        assert story.condition("ProgressAvailable") == ("True", "ProgressReceived"), "once is no trouble"
+        planned = story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=30, unreachable="TimeoutError")
+        assert [(note.reason, note.warning) for note in planned.notes] == [("Unreachable", True)]
+
+    def test_nothing_that_a_running_pod_says_is_written_more_often(self) -> None:
+        """Each write is an event, which makes the operator look again."""
+        story = Story()
+        story.prepared()
+        writes = set()
+        for second in range(60):
+            live = report(
+                TRAIN,
+                phase=("Training", "Saving")[second % 2],
+                progress=progress(second // 2 + 1),
+                checkpoint=CheckpointResult(step=second + 1, uri=f"s3://w/{second}"),
+                checkpoint_failures=second,
+                resumed_from_step=0,
+            )
+            story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=1, live=live)
+            writes.add(json.dumps(story.body["status"], sort_keys=True))
+        assert len(writes) <= 7
+        assert story.body["status"]["checkpoint"]["step"] > 50
+
+    def test_it_does_not_go_back_within_an_attempt(self) -> None:
+        """Last words may be older than those that were heard before."""
+        story = Story()
+        story.prepared()
+        story.look([child_job(TRAIN)], [running_pod(TRAIN)], live=report(TRAIN, progress=progress(95)))
+        story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=60, live=report(TRAIN, progress=progress(90)))
+        assert story.body["status"]["progress"]["currentStep"] == 95
+        last = report(TRAIN, progress=progress(80), resumed_from_step=10)
+        story.look([exited(TRAIN, 1, 137)], [ended_pod(TRAIN, 1, 137, last)])
+        assert story.body["status"]["progress"]["currentStep"] == 95
+        assert story.body["status"]["history"][-1]["toStep"] == 95
+        story.look([exited(TRAIN, 1, 137)], after=600)
+        jobs = [exited(TRAIN, 1, 137), child_job(TRAIN, 2)]
+        story.look(jobs, [running_pod(TRAIN, 2)], live=report(TRAIN, 2, progress=progress(80)))
+        assert (story.body["status"]["progress"]["currentStep"], story.body["status"]["progress"]["attempt"]) == (80, 2)
+
+    def test_checkpoints_that_cannot_be_stored_are_told(self) -> None:
+        story = Story()
+        story.prepared()
+        seen = [child_job(TRAIN)], [running_pod(TRAIN)]
+        story.look(*seen, live=report(TRAIN, progress=progress(1)))
+        planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(20), checkpoint_failures=2))
+        (note,) = planned.notes
+        assert (note.reason, note.warning) == ("CheckpointFailed", True)
+        assert "2 checkpoints of train attempt 1" in note.message
+        assert story.body["status"]["attempt"]["checkpointFailures"] == 2
+        planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(30), checkpoint_failures=2))
+        assert planned.notes == ()
+
+    def test_checkpoints_that_take_longer_than_a_stopped_pod_has(self) -> None:
+        story = Story(checkpoint={"gracePeriodSeconds": 60})
+        story.prepared()
+        seen = [child_job(TRAIN)], [running_pod(TRAIN)]
+        told = []
+        for step, seconds in ((10, "59.9"), (20, "61.0"), (30, "62.0"), (40, "5.0")):
+            saved = CheckpointResult(step=step, uri="s3://w", save_seconds=seconds)
+            planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(step), checkpoint=saved))
+            told += [(note.reason, note.warning) for note in planned.notes if note.reason.startswith("Checkpoint")]
+        assert told == [("CheckpointSaved", False), ("CheckpointSlow", True), ("CheckpointSaved", False)]
 
     def test_the_first_step_is_an_event_once(self) -> None:
         story = Story()
@@ -508,6 +573,21 @@ class TestWaiting:
                 "Insufficient nvidia.com/gpu",
             ),
             (
+                child_pod(
+                    TRAIN,
+                    conditions=[
+                        {
+                            "type": "PodScheduled",
+                            "status": "False",
+                            "reason": "Unschedulable",
+                            "message": '0/3 nodes are available: persistentvolumeclaim "models" not found.',
+                        }
+                    ],
+                ),
+                "VolumeNotReady",
+                "Create what is missing",
+            ),
+            (
                 child_pod(TRAIN, state={"waiting": {"reason": "ContainerCreating"}}),
                 "WaitingForPod",
                 "ContainerCreating",
@@ -528,7 +608,7 @@ class TestWaiting:
         story.prepared()
         assert story.look([child_job(TRAIN, age=3)]).needs_events_of is None
         assert story.look([child_job(TRAIN, age=11)]).needs_events_of == ("Job", "bot-train-1")
-        planned = story.look([child_job(TRAIN, age=11)], warnings=("exceeded quota: gpus",))
+        planned = story.look([child_job(TRAIN, age=11)], warnings=(Waiting("FailedCreate", "exceeded quota: gpus"),))
         assert story.condition("Running") == ("False", "PodsRefused")
         assert "exceeded quota: gpus" in planned.status.conditions[1].message
 
@@ -540,10 +620,18 @@ class TestWaiting:
         assert planned.needs_events_of == ("Pod", pods[0]["metadata"]["name"])
         assert story.condition("Running") == ("False", "WaitingForPod")
         said = 'MountVolume.SetUp failed for volume "rules" : configmap "rules" not found'
-        planned = story.look([child_job(TRAIN)], pods, warnings=(said,))
+        planned = story.look([child_job(TRAIN)], pods, warnings=(Waiting("FailedMount", said),))
         assert story.condition("Running") == ("False", "VolumeNotReady")
         (running,) = [c for c in planned.status.conditions if c.type == "Running"]
         assert said in running.message
+
+    def test_a_pod_without_a_sandbox_says_so(self) -> None:
+        story = Story()
+        story.prepared()
+        pods = [child_pod(TRAIN, state={"waiting": {"reason": "ContainerCreating"}})]
+        planned = story.look([child_job(TRAIN)], pods, warnings=(Waiting("FailedCreatePodSandBox", "no more IPs"),))
+        assert story.condition("Running") == ("False", "WaitingForPod")
+        assert "no more IPs" in planned.status.conditions[1].message
 
     def test_children_of_an_earlier_job_of_the_name_are_waited_for(self) -> None:
         story = Story()
@@ -604,6 +692,12 @@ class TestSpecsThatCannotWork:
         assert "upload it to S3" in story.body["status"]["failure"]["message"]
         assert Story(**changes).look(settings=Settings(allow_files=True)).create != ()
 
+    def test_a_job_that_runs_is_not_refused_by_another_setting(self) -> None:
+        story = Story(model={"uri": "file:///models/base"})
+        story.look(settings=Settings(allow_files=True))
+        story.look([child_job(PREPARE)], [running_pod(PREPARE)])
+        assert story.body["status"]["phase"] == "Preparing"
+
     def test_a_spec_that_the_schema_let_through_and_the_models_do_not_fails_with_the_field(self) -> None:
         story = Story(hyperparameters={"batchSize": -1})
         story.look()
@@ -626,6 +720,15 @@ class TestTimesAndConditions:
         story = Story()
         story.trained()
         assert {c["observedGeneration"] for c in story.body["status"]["conditions"]} == {3}
+
+    def test_conditions_speak_of_a_changed_spec_too(self) -> None:
+        """Also after the end, when a time to live may still be changed."""
+        story = Story()
+        story.trained()
+        story.look([complete(EXPORT)])
+        story.body["metadata"]["generation"] = 4
+        story.look()
+        assert {c["observedGeneration"] for c in story.body["status"]["conditions"]} == {4}
 
     def test_start_times_belong_to_their_attempt(self) -> None:
         story = Story()
@@ -671,3 +774,92 @@ class TestOtherVersions:
         fresh = Story(method={"type": "DPO"})
         fresh.look()
         assert fresh.condition("Failed") == ("True", "UserError")
+
+
+class TestReasons:
+    """Why a job is in its phase, as `kubectl get` shows it."""
+
+    def test_of_a_job_that_goes_well(self) -> None:
+        story = Story()
+        seen: list[tuple[str, str]] = []
+
+        def look(*arguments: Any, **fields: Any) -> None:
+            story.look(*arguments, **fields)
+            seen.append((story.body["status"]["phase"], story.body["status"]["reason"]))
+
+        look()
+        look([child_job(PREPARE)], [running_pod(PREPARE)])
+        look([complete(PREPARE)], [ended_pod(PREPARE)])
+        done = [complete(PREPARE)]
+        look([*done, child_job(TRAIN)], [child_pod(TRAIN, state={"waiting": {"reason": "ErrImagePull"}})])
+        look([*done, child_job(TRAIN)], [running_pod(TRAIN)], live=report(TRAIN, progress=progress(1)))
+        look([*done, disrupted(TRAIN, 1)])
+        look([*done, child_job(TRAIN, 2)], [running_pod(TRAIN, 2)])
+        done.append(complete(TRAIN, 2))
+        look(done)
+        look([*done, child_job(EXPORT)], [running_pod(EXPORT)])
+        look([*done, complete(EXPORT)])
+        assert seen == [
+            ("Pending", "WaitingForPod"),
+            ("Preparing", "Preparing"),
+            ("Starting", "WaitingForPod"),
+            ("Starting", "ImagePullFailed"),
+            ("Running", "Training"),
+            ("Restarting", "Preempted"),
+            ("Running", "Training"),
+            ("Exporting", "WaitingForPod"),
+            ("Exporting", "Exporting"),
+            ("Succeeded", "TrainingComplete"),
+        ]
+
+    def test_of_one_that_does_not(self) -> None:
+        story = Story()
+        story.look([failed(PREPARE, 1, FailureClass.NOT_FOUND)])
+        assert (story.body["status"]["phase"], story.body["status"]["reason"]) == ("Failed", "NotFound")
+
+    def test_of_one_that_is_suspended(self) -> None:
+        story = Story(suspend=True)
+        story.look()
+        assert (story.body["status"]["phase"], story.body["status"]["reason"]) == ("Suspended", "SuspendedByUser")
+
+
+def test_every_transition_is_an_event() -> None:
+    story = Story()
+    told: list[str] = []
+
+    def look(*arguments: Any, **fields: Any) -> None:
+        told.extend(note.reason for note in story.look(*arguments, **fields).notes)
+
+    prepared, trained = complete(PREPARE), complete(TRAIN)
+    saved = CheckpointResult(step=10, uri="s3://w/10")
+    look()
+    look([child_job(PREPARE)], [running_pod(PREPARE)])
+    look([prepared], [ended_pod(PREPARE)])
+    for step in (10, 20):
+        live = report(TRAIN, progress=progress(step), checkpoint=saved.model_copy(update={"step": step}))
+        look([prepared, child_job(TRAIN)], [running_pod(TRAIN)], live=live, after=10)
+    look([prepared, trained])
+    look([prepared, trained, child_job(EXPORT)], [running_pod(EXPORT)])
+    look([prepared, trained, complete(EXPORT)])
+    assert told == [
+        *("StageStarted", "Preparing", "Validated"),
+        *("StageStarted", "CheckpointSaved", "Training", "FirstStep", "Finished"),
+        *("StageStarted", "Exporting", "TrainingComplete"),
+    ]
+
+
+def test_only_what_keeps_containers_from_starting_is_an_obstacle() -> None:
+    """A scheduler has found a node since it complained, and an image is pulled for as long as it takes."""
+
+    def event(reason: str, message: str, **fields: Any) -> dict[str, Any]:
+        return {"type": "Warning", "reason": reason, "message": message, **fields}
+
+    earlier, now, later = (format_time(NOW + timedelta(minutes=minutes)) for minutes in (-5, 0, 5))
+    events = [
+        event("FailedScheduling", "0/3 nodes are available", lastTimestamp=later),
+        event("FailedMount", "first", lastTimestamp=earlier),
+        event("FailedMount", "newest", eventTime=earlier, series={"lastObservedTime": later}),
+        event("FailedMount", "second", eventTime=now, lastTimestamp=None),
+        {**event("FailedMount", "normal", lastTimestamp=later), "type": "Normal"},
+    ]
+    assert [warning.message for warning in read_warnings(events)] == ["newest", "second", "first"]

@@ -529,6 +529,7 @@ class TestAccounts:
             "endTime": format_time(NOW),
             "fromStep": 0,
             "pod": "bot-train-14-0-x7k2p",
+            "node": "node1",
         }
 
     def test_an_attempt_that_succeeded_is_in_the_history_too(self) -> None:

@@ -26,6 +26,7 @@ from finetune_api.failures import FailureClass
 from finetune_api.names import Stage
 from finetune_api.report import Report, StepProgress
 from finetune_api.status import CheckpointResult, Phase
+from finetune_operator.observe import Waiting
 from finetune_operator.plan import NODE_LOST_SECONDS
 from finetune_operator.resource import format_time
 
@@ -98,7 +99,7 @@ class TestStarting:
         """A quota that is enough for three of four."""
         planned = story.look([child()], pods()[:3])
         assert planned.needs_events_of == ("Job", "bot-train-1")
-        story.look([child()], pods()[:3], warnings=("exceeded quota: gpus",))
+        story.look([child()], pods()[:3], warnings=(Waiting("FailedCreate", "exceeded quota: gpus"),))
         assert story.condition("Running") == ("False", "PodsRefused")
         assert story.body["status"]["conditions"][-1]["message"].endswith("3 of 4 pods run.")
 
@@ -172,7 +173,8 @@ class TestEnding:
         story.look([failing(2, 84)], left)
         failure = story.job.status.failure
         assert failure is not None
-        assert (failure.pod, failure.node, failure.rank, failure.log_uri) == ("bot-train-1-2-x7k2p", None, None, None)
+        assert (failure.pod, failure.rank, failure.log_uri) == ("bot-train-1-2-x7k2p", None, None)
+        assert failure.node == "node3", "where it was seen to run"
 
     def test_the_next_attempt_waits_for_all_pods_of_the_last(self, story: Story) -> None:
         story.look([child()], pods(), live=at_work())

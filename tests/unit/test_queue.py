@@ -156,7 +156,7 @@ class TestEviction:
         assert (planned.create, planned.delete) == ((), ())
         assert story.body["status"]["attempt"]["number"] == 1
         assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
-        assert [note.reason for note in planned.notes] == ["Preempted"]
+        assert [note.reason for note in planned.notes] == ["Preempted", "Queued"]
         assert story.look(waiting()).notes == (), "said once, counted once"
         again = [running_pod(TRAIN, since=NOW + timedelta(seconds=100))]
         planned = story.look([child_job(TRAIN, queue="team-a")], again, live=saved(TRAIN, 1, 45, 45), after=120)
