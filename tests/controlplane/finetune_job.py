@@ -72,7 +72,7 @@ class Job:
 
 def play(job: Job, kubelet: ScriptedKubelet, stage: str, attempt: int = 1, **report: Any) -> None:
     """One stage from its pod's start to its success."""
-    pod = kubelet.pod(stage, attempt)
+    pod = kubelet.pod(stage, attempt, job=job.name)
     kubelet.run(pod)
     kubelet.succeed(pod, kubelet.report(pod, outcome=Outcome.SUCCEEDED, **report))
 

@@ -24,6 +24,9 @@ def free_port() -> int:
 class OperatorProcess:
     """`finetune-operator` against one namespace of a server."""
 
+    program = ("-m", "finetune_operator.main")
+    """What Python runs."""
+
     def __init__(self, kubeconfig: Path, namespace: str, log: Path, **settings: str) -> None:
         self._log = log
         self.port = free_port()
@@ -43,7 +46,7 @@ class OperatorProcess:
     def start(self, wait: bool = True) -> None:
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "finetune_operator.main"],
+                [sys.executable, *self.program],
                 env=self._environment,
                 stdout=output,
                 stderr=output,

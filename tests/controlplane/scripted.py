@@ -17,7 +17,15 @@ from typing import Any
 
 from api_client import Client, eventually
 
-from finetune_api.names import AGENT_PORT, COMPLETION_INDEX, CONTAINER, DOCUMENT_FILE, LABEL_ATTEMPT, LABEL_STAGE
+from finetune_api.names import (
+    AGENT_PORT,
+    COMPLETION_INDEX,
+    CONTAINER,
+    DOCUMENT_FILE,
+    LABEL_ATTEMPT,
+    LABEL_JOB_NAME,
+    LABEL_STAGE,
+)
 from finetune_api.report import Report
 
 _ADDRESSES = itertools.count(2)
@@ -35,9 +43,12 @@ class ScriptedKubelet:
         self._pods = f"/api/v1/namespaces/{namespace}/pods"
         self._config_maps = f"/api/v1/namespaces/{namespace}/configmaps"
 
-    def pod(self, stage: str, attempt: int = 1, seconds: float = 30, index: int = 0) -> dict[str, Any]:
-        """The pod of an attempt, as soon as the Job controller has made it; of several the one with an index."""
+    def pod(self, stage: str, attempt: int = 1, seconds: float = 30, index: int = 0, job: str = "") -> dict[str, Any]:
+        """The pod of an attempt, as soon as the Job controller has made it; of several the one with an index. `job`
+        names its FineTuneJob where there are several."""
         selector = f"{LABEL_STAGE}={stage},{LABEL_ATTEMPT}={attempt},{COMPLETION_INDEX}={index}"
+        if job:
+            selector += f",{LABEL_JOB_NAME}={job}"
 
         def find() -> dict[str, Any] | None:
             items = self._client.get(self._pods, labelSelector=selector).body["items"]

@@ -182,6 +182,40 @@ class TestDocument:
     def test_writing_a_default_out_does_not_change_the_digest(self) -> None:
         assert spec_digest(minimal_spec()) == spec_digest(minimal_spec(hyperparameters={"seed": 42}))
 
+    def test_the_digest_and_the_defaults_in_it_are_those_of_all_versions(self) -> None:
+        """Another digest would train again what is published. Another default under the same one would take what was
+        published with the old one for the result of a job that asks for the new one."""
+        lora = {"rank": 16, "alpha": 32, "dropout": "0"}
+        quantization = {"type": "NF4", "doubleQuantization": "Enabled"}
+        written_out = {
+            "model": {"uri": "s3://models/base"},
+            "dataset": {
+                "train": [{"uri": "s3://data/train.jsonl"}],
+                "format": "Auto",
+                "maxLength": 2048,
+                "invalidRows": {"policy": "Fail", "limit": 100},
+            },
+            "method": {"type": "SFT", "adapter": {"type": "QLoRA"}},
+            "hyperparameters": {
+                "scheduler": "Cosine",
+                "warmupRatio": "0.03",
+                "batchSize": 16,
+                "weightDecay": "0",
+                "maxGradNorm": "1",
+                "seed": 42,
+                "optimizer": "AdamW",
+                "precision": "Auto",
+                "activationCheckpointing": "Auto",
+            },
+            "output": {"uri": "s3://models/tuned", "dtype": "Auto", "onExisting": "Fail"},
+        }
+        assert spec_digest(minimal_spec(**written_out)) == spec_digest(minimal_spec())
+        assert spec_digest(minimal_spec()).startswith("ed032c998379aa07e8756f9e397819d9")
+        method = {"adapter": {"type": "QLoRA", "lora": lora, "quantization": quantization}}
+        short = {"adapter": {"type": "QLoRA", "lora": {}, "quantization": {}}}
+        assert spec_digest(minimal_spec(method=method)) == spec_digest(minimal_spec(method=short))
+        assert spec_digest(minimal_spec(method=method)).startswith("195bd2f49460f67538577e95333643f6")
+
     def test_an_older_trainer_reads_the_document_of_a_newer_operator(self) -> None:
         document = JobDocument(
             stage=Stage.TRAIN,
