@@ -443,30 +443,33 @@ class _Stage:
         status = "False" if self.stage is Stage.TRAIN else "Unknown"
         reason, message = waiting.for_pod(self.stage)
         events: tuple[str, str] | None = None
+        asked_in = 0.0
         if child.suspended:
             reason, message = waiting.for_queue(child, self.seen.workload, self.seen.no_kueue)
         elif pod is None:
-            if (self.now - child.created).total_seconds() >= NO_PODS_SECONDS:
+            asked_in = NO_PODS_SECONDS - (self.now - child.created).total_seconds()
+            if asked_in <= 0:
                 events = ("Job", child.name)
                 if self.seen.warnings:
                     reason, message = waiting.for_admission(child.name, self.seen.warnings[0].message)
         elif pod.waiting is not None:
             reason, message = waiting.for_start(pod, self.stage)
-            if pod.waiting.reason == "ContainerCreating" and (
-                (self.now - pod.created).total_seconds() >= NO_PODS_SECONDS
-            ):
-                events = ("Pod", pod.name)
-                if self.seen.warnings:
-                    reason, message = waiting.for_containers(pod, self.seen.warnings[0])
+            if pod.waiting.reason == "ContainerCreating":
+                asked_in = NO_PODS_SECONDS - (self.now - pod.created).total_seconds()
+                if asked_in <= 0:
+                    events = ("Pod", pod.name)
+                    if self.seen.warnings:
+                        reason, message = waiting.for_containers(pod, self.seen.warnings[0])
         if child.nodes > 1 and not child.suspended:
             message += f" {self._running(child)} of {child.nodes} pods run."
         self._queue(child)
         self._say(status, reason, message)
         new = (self.now - child.created).total_seconds() < NEW_SECONDS
+        usual = WAITING_SECONDS if new else self.pace.waiting
         return self._plan(
             running=False,
             queued=child.suspended,
-            look_again=self._look_by(child, pod, WAITING_SECONDS if new else self.pace.waiting),
+            look_again=self._look_by(child, pod, min(usual, asked_in) if asked_in > 0 else usual),
             needs_events_of=events,
             needs_workload_of=child if child.suspended and child.queue else None,
         )

@@ -89,13 +89,14 @@ def test_get_prints_the_columns(kubectl: Kubectl, embedded: TestServer, tunes: s
         "loss": "0.71",
         "lastUpdatedTime": "2026-01-01T00:00:00Z",
     }
-    status = {"phase": "Running", "progress": progress, "restarts": {"charged": 1, "preemptions": 0}}
+    restarts = {"charged": 1, "preemptions": 0}
+    status = {"phase": "Running", "reason": "Training", "progress": progress, "restarts": restarts}
     assert embedded.client.patch(f"{tunes}/support-bot/status", {"status": status}).code == 200
     header, row = kubectl.run("get", "ftj").splitlines()
-    assert header.split() == ["NAME", "PHASE", "METHOD", "PROGRESS", "ETA", "LOSS", "RESTARTS", "AGE"]
-    assert row.split()[:7] == ["support-bot", "Running", "QLoRA", "42%", "1h12m", "0.71", "1"]
+    assert header.split() == ["NAME", "PHASE", "REASON", "METHOD", "PROGRESS", "ETA", "LOSS", "RESTARTS", "AGE"]
+    assert row.split()[:7] == ["support-bot", "Running", "Training", "QLoRA", "42%", "1h12m", "0.71"]
     header, row = kubectl.run("get", "finetunejobs", "-o", "wide").splitlines()
-    assert header.split()[8:] == ["STEP", "PERPLEXITY", "OUTPUT"]
+    assert header.split()[9:] == ["PREEMPTIONS", "QUEUED", "STEP", "PERPLEXITY", "OUTPUT"]
     assert row.split()[-1] == "s3://models/support-bot"
     assert kubectl.run("get", "ai", "-o", "name") == "finetunejob.finetune.dev/support-bot\n"
     assert "support-bot" in kubectl.run("get", "ftj", "-A")
@@ -118,7 +119,7 @@ def test_get_watch_prints_each_change(kubectl: Kubectl, embedded: TestServer, tu
     watching = kubectl.start("get", "ftj", "-w")
     assert watching.stdout
     try:
-        assert watching.stdout.readline().split()[:3] == ["NAME", "PHASE", "METHOD"]
+        assert watching.stdout.readline().split()[:3] == ["NAME", "PHASE", "REASON"]
         assert watching.stdout.readline().split()[:2] == ["support-bot", "QLoRA"]
         for phase in ("Preparing", "Running"):
             embedded.client.patch(f"{tunes}/support-bot/status", {"status": {"phase": phase}})

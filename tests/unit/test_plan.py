@@ -606,7 +606,8 @@ class TestWaiting:
     def test_a_job_that_gets_no_pods_is_asked_why(self) -> None:
         story = Story()
         story.prepared()
-        assert story.look([child_job(TRAIN, age=3)]).needs_events_of is None
+        planned = story.look([child_job(TRAIN, age=3)])
+        assert (planned.needs_events_of, planned.look_again) == (None, 7)
         assert story.look([child_job(TRAIN, age=11)]).needs_events_of == ("Job", "bot-train-1")
         planned = story.look([child_job(TRAIN, age=11)], warnings=(Waiting("FailedCreate", "exceeded quota: gpus"),))
         assert story.condition("Running") == ("False", "PodsRefused")
