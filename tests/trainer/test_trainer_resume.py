@@ -345,7 +345,7 @@ class TestUploader:
             (folder / "optimizer.pt").write_bytes(b"optimizer")
             uploader.submit(folder, 10, 0.0)
             uploader.close()
-        assert [checkpoint.step for checkpoint in checkpoints.find(work, [1])] == [10]
+            assert [checkpoint.step for checkpoint in checkpoints.find(work, [1])] == [10]
         assert reporter.report.checkpoint_failures == 1
 
     def test_a_deleted_bundle_never_looks_whole(self, job: TestJob, moto: MotoServer, tmp_path: Path) -> None:
