@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -357,6 +358,22 @@ def test_a_container_is_restarted_on_failure(pods: Pods, monkeypatch: pytest.Mon
     assert status["restartCount"] == 1
     assert status["lastState"]["terminated"]["exitCode"] == 5
     assert pods.log("p") == "again\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is known from /proc")
+def test_a_container_that_exceeds_its_memory_is_killed_as_a_whole(pods: Pods, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod_worker, "MEMORY_SECONDS", 0.05)
+    word = f"marker-memory-{pods.namespace}"
+    hold = "import sys, time; held = bytes(range(256)) * int(sys.argv[1]) * 4096; print('held', flush=True); "
+    child = [sys.executable, "-c", hold + f"time.sleep(1000)  # {word}"]
+    script = f"sh -c 'sleep 1000; : {word}' & {shlex.join(child)} $0"
+    limits = {"resources": {"limits": {"memory": "64Mi"}}}
+    pods.create("small", script, container=limits | {"args": ["10"]})
+    pods.create("large", script, container=limits | {"args": ["100"]})
+    assert exit_of(pods.when("large", "Failed")) == (137, "OOMKilled")
+    pods.says("small", "held")
+    pods.client.delete(f"{pods.path}/small", gracePeriodSeconds=0)
+    eventually(lambda: processes_with(word) == [])
 
 
 def test_what_is_missing_is_waited_for(pods: Pods) -> None:

@@ -125,6 +125,7 @@ class TestEnds:
             ("os.kill(os.getpid(), signal.SIGSEGV)", FailureClass.UNKNOWN, "The process died (SIGSEGV)"),
             ("raise MemoryError", FailureClass.OUT_OF_MEMORY_HOST, "Raise the memory of this stage"),
             ("raise OSError(28, 'No space left on device')", FailureClass.DISK_FULL, "Raise ephemeralStorage"),
+            ("os._exit(74)", FailureClass.DISK_FULL, "Raise ephemeralStorage"),  # it had no room to say more
             ("sys.exit(0)", FailureClass.UNKNOWN, "SystemExit: 0"),
         ],
     )
@@ -147,6 +148,38 @@ class TestEnds:
         )
         assert report.failure is not None
         assert report.failure.failure_class is FailureClass.UNKNOWN
+
+    def test_a_full_disk_does_not_keep_it_from_saying_so(self, start: Callable[..., AgentRun], tmp_path: Path) -> None:
+        """Neither the reason of the failure nor the log has room; there is more output than a pipe holds."""
+        patch = tmp_path / "full.py"
+        patch.write_text(
+            textwrap.dedent("""
+            def apply(agent):
+                class Log(agent._Log):
+                    def __init__(self, *arguments):
+                        super().__init__(*arguments)
+                        self._file = open("/dev/full", "a")
+                agent._Log = Log
+        """)
+        )
+        run = start(
+            prepare="""
+            from finetune_trainer import reporting
+            def no_room(path, data):
+                raise OSError(28, 'No space left on device')
+            reporting.write_atomically = no_room
+            for _ in range(20_000):
+                print('much to say')
+            reporter.phase('Working')
+            """,
+            environment={"TEST_INJECT_ALSO": f"finetune_trainer.agent={patch}"},
+        )
+        report = ended(run)
+        assert report.failure is not None
+        assert report.failure.failure_class is FailureClass.DISK_FULL
+        assert "Raise ephemeralStorage" in report.failure.message
+        assert report.failure.log_tail is not None
+        assert "No space left on device" in report.failure.log_tail
 
     def test_a_failed_step_is_the_last(self, start: Callable[..., AgentRun]) -> None:
         run = start("train", fetch="raise JobError(FailureClass.NOT_FOUND, 'Gone.')", train="print('never')")

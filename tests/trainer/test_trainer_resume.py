@@ -21,6 +21,7 @@ from finetune_api.report import Outcome
 from finetune_api.status import CheckpointResult
 from finetune_trainer import bundle, checkpoints, models
 from finetune_trainer.checkpoints import CheckpointUploader, StoredCheckpoint, fetch_newest
+from finetune_trainer.errors import classify
 from finetune_trainer.plan import require_plan
 from finetune_trainer.reporting import Reporter, now
 from finetune_trainer.storage import Folder, open_folder
@@ -346,7 +347,7 @@ class TestUploader:
             (folder / "optimizer.pt").write_bytes(b"optimizer")
             uploader.submit(folder, 10, 0.0)
             uploader.close()
-        assert [checkpoint.step for checkpoint in checkpoints.find(work, [1])] == [10]
+            assert [checkpoint.step for checkpoint in checkpoints.find(work, [1])] == [10]
         assert reporter.report.checkpoint_failures == 1
 
     def test_a_deleted_bundle_never_looks_whole(self, job: TestJob, moto: MotoServer, tmp_path: Path) -> None:
@@ -402,3 +403,10 @@ def test_only_a_broken_checkpoint_is_passed_over(
         with pytest.raises(JobError) as caught:
             fetch_newest(work, document, sha256, tmp_path / "older")
         assert caught.value is problem
+
+
+def test_torch_on_a_full_disk() -> None:
+    """It has no type and no number for it: should the words change, this is where it shows."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"weights": torch.ones(1000)}, "/dev/full")
+    assert classify(caught.value)[0] is FailureClass.DISK_FULL

@@ -163,31 +163,53 @@ class Proxy:
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> Proxy:
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.endpoint = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        # Holds the port while nobody listens on it.
+        self._holder = socket.socket()
+        self._holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._holder.bind(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._holder.getsockname()[1]}"
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._clients: set[socket.socket] = set()
+        self.come_back()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
+        self.go_away()
+        self._holder.close()
+
+    def go_away(self) -> None:
+        """Connections break off, and new ones are refused, until it comes back."""
+        with self._lock:
+            for end in (self._socket, *self._clients):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _accept(self) -> None:
+    def come_back(self) -> None:
+        self._socket = socket.create_server(self._holder.getsockname(), backlog=64, reuse_port=True)
+        threading.Thread(target=self._accept, args=(self._socket,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                client, _ = self._socket.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         with client:
+            with self._lock:
+                self._clients.add(client)
             try:
                 self._pass(client)
             except OSError:
                 return
+            finally:
+                with self._lock:
+                    self._clients.remove(client)
 
     def _pass(self, client: socket.socket) -> None:
         head = b""

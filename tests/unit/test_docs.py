@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finetune_api import crd
-from finetune_api.failures import RULES, Disposition, class_of_exit_code
+from finetune_api.failures import RULES, Disposition, FailureClass, class_of_exit_code
 from finetune_api.names import Stage
 from finetune_api.report import Outcome, Report, StepProgress
 from finetune_api.status import CheckpointResult, ConditionType, EvaluationResult, Measurement
@@ -46,19 +46,28 @@ def test_tests_that_pages_name_are_there() -> None:
         assert re.search(rf"def {name}\(", (ROOT / path).read_text()), f"{path}::{name}"
 
 
+WORDS = {Disposition.FAIL: "Fail", Disposition.RESTART: "Restart", Disposition.RESTART_FREE: "Restart, free"}
+
+
 def test_every_failure_class_is_explained_as_it_is() -> None:
     rows = {row[0].strip("`"): row for row in table("failures.md")}
     assert set(rows) == {str(name) for name in RULES}
-    words = {
-        Disposition.FAIL: "Fail",
-        Disposition.RESTART: "Restart",
-        Disposition.RESTART_FREE: "Restart, free",
-    }
     for name, rule in RULES.items():
         _, codes, disposition, _ = rows[name]
-        assert disposition == words[rule.disposition], name
+        assert disposition == WORDS[rule.disposition], name
         for code in re.findall(r"\d+", codes):
             assert class_of_exit_code(int(code)) is name
+
+
+def test_what_was_tried_on_real_pods_follows_the_rules() -> None:
+    lines = (ROOT / "docs" / "failures.md").read_text().splitlines()
+    rows = [re.split(r" ?\| ?", line.strip("| ")) for line in lines if "`tests/" in line]
+    assert len(rows) > 15
+    for what, name, follows, seen, _ in rows:
+        assert what
+        assert seen
+        disposition = RULES[FailureClass(name.strip("`"))].disposition if name else None
+        assert follows == (WORDS[disposition] if disposition else ""), what
 
 
 def test_every_condition_is_explained() -> None:

@@ -60,6 +60,35 @@ def test_a_full_disk() -> None:
     assert classify(caught.value)[0] is FailureClass.DISK_FULL
 
 
+class SafetensorError(Exception):
+    """As safetensors names it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_a_full_disk_as_libraries_say_it(error: BaseException) -> None:
+    failure_class, message = classify(error)
+    assert failure_class is FailureClass.DISK_FULL
+    assert "Raise ephemeralStorage" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while deserializing header: header too large"),
+        RuntimeError("[enforce fail at inline_container.cc:197] . PytorchStreamReader failed reading zip archive"),
+    ],
+)
+def test_other_trouble_with_files_is_no_full_disk(error: BaseException) -> None:
+    assert classify(error)[0] is FailureClass.UNKNOWN
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune_api.document import JobDocument
-from finetune_api.failures import FailureClass, JobError, exit_code_of
+from finetune_api.failures import RULES, FailureClass, JobError, exit_code_of
 from finetune_api.names import (
     AGENT_PORT,
     ENV_COMPLETION_INDEX,
@@ -401,6 +401,9 @@ class Agent:
         if self._terminating and (child.exit_code == -signal.SIGTERM or child.exit_code == 143):
             return self._terminated("before it could save a checkpoint")
         code = child.exit_code or 0
+        if code == exit_code_of(FailureClass.DISK_FULL):
+            # The one failure that may leave no room to say so.
+            return self._failure(FailureClass.DISK_FULL, RULES[FailureClass.DISK_FULL].sentence, child.rank)
         if code == -signal.SIGKILL:
             if _oom_kills() > self._oom_kills:
                 return self._failure(
@@ -497,13 +500,15 @@ class _Log:
         for raw in stream:
             line = prefix + self._redact(raw.decode(errors="replace").rstrip("\n"))
             with self._lock:
+                self._tail.append(line)
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
-                self._file.write(line + "\n")
-                self._tail.append(line)
+                # A process whose output nobody reads any more would hang, for a disk that is full.
+                with contextlib.suppress(OSError):
+                    self._file.write(line + "\n")
 
     def flush(self) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             self._file.flush()
 
     def tail(self) -> str:

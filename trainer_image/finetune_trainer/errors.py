@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from finetune_api.failures import FailureClass, JobError
+from finetune_api.failures import RULES, FailureClass, JobError
 
 
 def classify(error: BaseException) -> tuple[FailureClass, str]:
@@ -23,11 +23,8 @@ def classify(error: BaseException) -> tuple[FailureClass, str]:
         )
     if isinstance(error, MemoryError):
         return FailureClass.OUT_OF_MEMORY_HOST, "The pod ran out of memory. Raise the memory of this stage."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            FailureClass.DISK_FULL,
-            "The pod's disk is full. Raise ephemeralStorage of this stage, or name a storageClassName.",
-        )
+    if _is_full_disk(error, names):
+        return FailureClass.DISK_FULL, RULES[FailureClass.DISK_FULL].sentence
     if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
         return FailureClass.COMMUNICATION, "The training processes lost each other."
     if isinstance(error, RuntimeError) and "/gloo/" in str(error):
@@ -35,3 +32,13 @@ def classify(error: BaseException) -> tuple[FailureClass, str]:
         return FailureClass.COMMUNICATION, "The training processes lost each other."
     first_line = str(error).strip().partition("\n")[0][:300]
     return FailureClass.UNKNOWN, f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+def _is_full_disk(error: BaseException, names: set[str]) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if "SafetensorError" in names:
+        # Rust's errors are only text here.
+        return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    # torch.save does not say why it could not write. On the disk of a pod this is why.
+    return isinstance(error, RuntimeError) and "inline_container.cc" in str(error) and "unexpected pos" in str(error)

@@ -80,7 +80,9 @@ def run_step(name: str, document: JobDocument) -> int:
         return write_failure(disk.run, rank, failure_class, message)
     finally:
         if reporter:
-            reporter.close()
+            # On a full disk the step has failed for that already, or has no need of it any more.
+            with contextlib.suppress(OSError):
+                reporter.close()
     return 0
 
 

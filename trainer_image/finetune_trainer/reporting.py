@@ -6,6 +6,7 @@ process is about to exit; the agent reads it when the process is gone. Files sur
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -40,10 +41,11 @@ def failure_file(run_dir: Path, rank: int) -> Path:
 
 
 def write_failure(run_dir: Path, rank: int, failure_class: FailureClass, message: str) -> int:
-    """Leave the reason of a failure for the agent; returns the exit code to use."""
+    """Leave the reason of a failure for the agent; returns the exit code to use. On a full disk that code has to do."""
     code = exit_code_of(failure_class)
     failure = ReportedFailure(failure_class=failure_class, message=message, exit_code=code, rank=rank)
-    write_atomically(failure_file(run_dir, rank), failure.model_dump_json(by_alias=True).encode())
+    with contextlib.suppress(OSError):
+        write_atomically(failure_file(run_dir, rank), failure.model_dump_json(by_alias=True).encode())
     return code
 
 

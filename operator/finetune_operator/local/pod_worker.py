@@ -21,7 +21,8 @@ from finetune_operator.local.pod_status import (
     termination_message,
     waiting,
 )
-from finetune_operator.local.processes import Leader, kill_all, start
+from finetune_operator.local.processes import Leader, holds_more, kill_all, start
+from finetune_operator.sizes import quantity_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ RETRY_SECONDS = 10.0
 BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 300.0
 START_ERROR = 128
+MEMORY_SECONDS = 1.0
+"""How often it is looked whether a container keeps to its limit of memory. A kernel would be faster."""
 NEVER = "1970-01-01T00:00:00Z"
 
 
@@ -181,12 +184,23 @@ class PodWorker:
         item.state = running(self._api.now())
         self._publish()
         self._events.record(self._pod, "Normal", "Started", "Container started")
+        guard = asyncio.create_task(self._guard(process, memory_limit(container)))
         code = await self._wait(container, process)
+        out_of_memory = guard.done() and code == 128 + signal.SIGKILL
+        guard.cancel()
         # The first process was the container: nothing of its session lives on.
         await kill_all(f"{self.uid}/{container['name']}", [leader])
         self._leaders.remove(leader)
         message = termination_message(container, launch.termination, launch.log, code)
-        item.state = terminated(code, "Error" if code else "Completed", started, self._api.now(), message)
+        reason = "OOMKilled" if out_of_memory else "Error" if code else "Completed"
+        item.state = terminated(code, reason, started, self._api.now(), message)
+
+    async def _guard(self, process: asyncio.subprocess.Process, limit: float) -> None:
+        """Kill a container that holds more memory than it may; what it started is killed with it."""
+        while not holds_more(process.pid, limit):
+            await asyncio.sleep(MEMORY_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
     async def _wait(self, container: Object, process: asyncio.subprocess.Process) -> int:
         """The exit code, as a shell counts: 128 and the signal for a process that was killed."""
@@ -245,3 +259,9 @@ class PodWorker:
         for item in self._states.values():
             if item.exit_code is None:
                 item.state = terminated(137, reason, NEVER, self._api.now(), message)
+
+
+def memory_limit(container: Object) -> float:
+    """Bytes of memory that a container may hold."""
+    limit = container["resources"].get("limits", {}).get("memory")
+    return quantity_bytes(limit) if limit else float("inf")

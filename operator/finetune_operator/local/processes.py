@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,6 +90,32 @@ def survivors(owner: str, leaders: Sequence[Leader]) -> list[int]:
         return group_members(sessions)
     mark = f"{MARK}={owner}".encode()
     return [pid for pid in _pids() if _belongs(pid, sessions, mark)]
+
+
+def holds_more(pid: int, limit: float) -> bool:
+    """Whether a process and its children hold more bytes than that which the kernel could not take back. Without /proc
+    nobody knows."""
+    pids = list(_family(pid))
+    # What processes share counts for each of them at first: to tell how much that is takes the kernel long.
+    if sum(_held(pid, "status", ("RssAnon:", "RssShmem:")) for pid in pids) <= limit:
+        return False
+    return sum(_held(pid, "smaps_rollup", ("Pss_Anon:", "Pss_Shmem:")) for pid in pids) > limit
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    # Gone in between, or no /proc.
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from _family(int(child))
+
+
+def _held(pid: int, file: str, names: tuple[str, ...]) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
 
 
 def group_members(groups: set[int]) -> list[int]:

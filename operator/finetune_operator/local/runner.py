@@ -7,7 +7,7 @@ On Linux every pod has its own loopback address, so that each can listen on the 
 
 A pod is stopped as a kubelet stops it: SIGTERM to the first process of each container, and after the grace period
 SIGKILL to everything that is left. The order of events is the kubelet's: deletionTimestamp, terminated with its
-message, gone.
+message, gone. A container that holds more memory than its limit is killed as the kernel would (see `pod_worker`).
 
 What a runner finds from an earlier life it treats like a kubelet after a reboot: the processes are killed, and a pod
 that is not restarted has failed.

@@ -6,6 +6,7 @@ did not reach its last step is never handed over.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -127,13 +128,13 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     resume = disk.checkpoint if disk.checkpoint.is_dir() else None
     # Training shuffles with its own generators; what was drawn before must not depend on what was measured before.
     set_seed(spec.hyperparameters.seed)
-    try:
-        training.train(trainer, resume, callback)
-    finally:
-        if reporter:
-            reporter.phase("Saving")
+    with contextlib.ExitStack() as at_the_end:
+        # Whatever ends the training, a checkpoint that is on its way arrives; last, since phases need room on the disk.
         if uploader:
-            uploader.close()
+            at_the_end.callback(uploader.close)
+        if reporter:
+            at_the_end.callback(reporter.phase, "Saving")
+        training.train(trainer, resume, callback)
     # `train` returns normally after an early stop: only the step count tells.
     step = trainer.state.global_step
     if step < plan.total_steps:
