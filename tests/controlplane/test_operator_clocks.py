@@ -168,6 +168,15 @@ def test_accounts_are_in_status_and_metrics(job: Job, kubelet: ScriptedKubelet, 
         sample = f'finetune_job_{name}_seconds_total{{name="bot",namespace="{job.body()["metadata"]["namespace"]}"}}'
         expected = f"{sample} {float(usage[value])}"
         eventually(lambda e=expected: e in operator.get("/metrics"), describe=lambda: operator.get("/metrics"))
+    text = operator.get("/metrics")
+    for counted in (
+        "finetune_jobs_created_total",
+        'finetune_jobs_preempted_total{reason="Preempted"}',
+        'finetune_job_stage_duration_seconds_count{stage="prepare"}',
+        'finetune_job_queue_wait_seconds_count{stage="train"}',
+        "finetune_fault_detection_seconds_count",
+    ):
+        assert f"\n{counted} 1.0\n" in text, counted
 
 
 def test_kubectl_patches_suspend(kubectl: Kubectl, job: Job, operator: OperatorProcess) -> None:

@@ -21,6 +21,7 @@ from finetune_api.names import (
     child_name,
 )
 from finetune_api.report import Outcome, Report, ReportedFailure
+from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Settings
 from finetune_operator.observe import Observation, read_jobs, read_pods
 from finetune_operator.plan import Plan, plan
@@ -229,11 +230,16 @@ class Story:
         self.now += timedelta(seconds=after)
         notes: tuple[Note, ...] = ()
         while True:
-            planned = plan(self.job, observe(jobs, pods, **fields), settings, self.now)
+            job = self.job
+            planned = plan(job, observe(jobs, pods, **fields), settings, self.now)
+            self.written(job, planned.status)
             self.body["status"] = planned.status.to_json_dict()
             notes += planned.notes
             if planned.look_again != 0.0:
                 return replace(planned, notes=notes)
+
+    def written(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
+        """For those who want to see each change."""
 
     def condition(self, kind: str) -> tuple[str, str] | None:
         """(status, reason) of a condition."""
