@@ -47,7 +47,7 @@ class Operator:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.queue: WorkQueue[Key] = WorkQueue(late=self.metrics.queue_wait.observe)
+        self.queue: WorkQueue[Key] = WorkQueue(late=self.metrics.lateness.observe)
         self.stopping = asyncio.Event()
         self._exits = contextlib.AsyncExitStack()
         self._reader = ProgressReader()

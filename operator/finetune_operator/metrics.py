@@ -69,7 +69,7 @@ class Metrics:
         self.queue_depth = Gauge(
             "finetune_operator_queue_depth", "Jobs that wait for a look, due or not.", registry=self.registry
         )
-        self.queue_wait = Histogram(
+        self.lateness = Histogram(
             "finetune_operator_queue_wait_seconds",
             "How late looks at jobs begin, and with them deadlines and times to live.",
             buckets=_LATE,

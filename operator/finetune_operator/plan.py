@@ -340,7 +340,8 @@ class _Stage:
     # Running
 
     def _note_eviction(self, child: ChildJob | None, present: Observation, last: ChildPod | None) -> None:
-        """A queue that needs the room suspends the Job, and may start it again before anybody has looked."""
+        """A queue that needs the room suspends the Job, and may start it again before anybody has looked. The Job of a
+        queue also makes another pod by itself when one was told to stop, and there may be no room for it."""
         attempt = self.draft.status.attempt
         if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
             return
@@ -352,15 +353,15 @@ class _Stage:
         for pod in stopped:
             if pod.index == 0 and pod.ended in ends:
                 self.draft.learn(self._report(child.attempt, pod))
-        if taken and ends:
-            self.draft.note_seen(max(ends))
         begins = [pod.started for pod in present.pods_of(self.stage, child.attempt)]
         if child.nodes == 1:
-            replaced = last is not None and last.started not in (None, started)
+            replaced = last is not None and last.started != started
         else:
             # Where one was replaced, the others end as well: it has begun again when all have.
             replaced = last is not None and all(begin is not None and begin > started for begin in begins)
-        if (taken and child.suspended) or replaced:
+        if ends and (taken or replaced):
+            self.draft.note_seen(max(ends))
+        if (taken and (child.suspended or ends)) or replaced:
             self.draft.requeue()
 
     def _note_missed(self, last: ChildPod | None) -> None:
@@ -397,6 +398,7 @@ class _Stage:
             # The pod has ended, and the Job controller is about to say how.
             return self._plan(running=True, look_again=self.pace.waiting)
         report = self._report(child.attempt, pod)
+        self._queue(child)
         self.draft.note_running(SEEN_SECONDS)
         if self.stage is Stage.TRAIN:
             doing = report.phase if report else "Starting"

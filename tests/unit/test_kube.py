@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +99,14 @@ async def test_everything_else_is_for_the_caller(
         await VERBS["create"](Kube(api))
     assert refused.value.status == code
     assert len(server.asked) == 1
+
+
+async def test_what_has_changed_since_it_was_seen_is_not_deleted(server: Server, api: client.ApiClient) -> None:
+    await Kube(api).delete(CONFIG_MAPS, "ns", "x", uid="u", version="7")
+    await VERBS["delete"](Kube(api))
+    first, second = (json.loads(body) for _, body in server.asked)
+    assert first["preconditions"] == {"uid": "u", "resourceVersion": "7"}
+    assert "preconditions" not in second
 
 
 async def test_a_renewal_of_a_lease_does_not_wait(server: Server, api: client.ApiClient) -> None:

@@ -18,6 +18,7 @@ from finetune_api.status import Resolved
 from finetune_operator import children, sizes
 from finetune_operator.config import Settings
 from finetune_operator.kube import merge_patch
+from finetune_operator.metrics import Metrics
 from finetune_operator.resource import FineTuneJob
 from finetune_operator.status import format_duration
 
@@ -247,6 +248,79 @@ class TestSettings:
     def test_a_value_that_cannot_be_read_names_its_variable(self, text: str) -> None:
         with pytest.raises(ValueError, match="FINETUNE_ALLOW_FILES"):
             Settings.from_environment({"FINETUNE_ALLOW_FILES": text})
+
+
+class TestSeriesOfJobs:
+    RAN: dict[str, Any] = {
+        "attempt": {"stage": "train", "number": 1, "jobName": "bot-train-1", "gpus": 4},
+        "startTime": "2026-11-21T12:10:00Z",
+    }
+    ENDED: dict[str, Any] = {**RAN, "completionTime": "2026-11-21T12:30:00Z"}
+    FAILED: dict[str, Any] = {
+        **ENDED,
+        "phase": "Failed",
+        "failure": {
+            "class": "LossDiverged",
+            "message": "x",
+            "disposition": "Terminal",
+            "stage": "train",
+            "attempt": 1,
+            "time": "2026-11-21T12:30:00Z",
+        },
+    }
+
+    def observe(self, metrics: Metrics, before: dict[str, Any], after: dict[str, Any]) -> None:
+        metrics.observe(FineTuneJob.parse(job_body(before)), FineTuneJob.parse(job_body(after)).status)
+
+    @pytest.mark.parametrize(
+        ("end", "result", "reason"),
+        [({**ENDED, "phase": "Succeeded"}, "succeeded", ""), (FAILED, "failed", "LossDiverged")],
+    )
+    def test_an_end_is_counted_once_with_the_time_since_the_first_pod(
+        self, end: dict[str, Any], result: str, reason: str
+    ) -> None:
+        metrics = Metrics()
+
+        def value(name: str, **labels: str) -> float | None:
+            return metrics.registry.get_sample_value(name, {"result": result, **labels})
+
+        self.observe(metrics, {}, self.RAN)
+        assert value("finetune_jobs_finished_total", reason=reason) == 0
+        self.observe(metrics, self.RAN, end)
+        for _ in range(3):
+            self.observe(metrics, end, end)
+        assert value("finetune_jobs_finished_total", reason=reason) == 1
+        assert value("finetune_job_duration_seconds_count") == 1
+        assert value("finetune_job_duration_seconds_sum") == 1200
+
+    def gpu_seconds(self, metrics: Metrics) -> float | None:
+        labels = {"namespace": "team", "name": "bot"}
+        return metrics.registry.get_sample_value("finetune_job_gpu_seconds_total", labels)
+
+    def used(self, seconds: int) -> dict[str, Any]:
+        return {"usage": {"activeSeconds": seconds, "gpuSeconds": seconds, "wastedGPUSeconds": 0}}
+
+    def test_gpu_time_never_goes_back(self) -> None:
+        """Of an attempt that runs it is known by the operator's clock, and of one that has ended by the node's."""
+        metrics = Metrics()
+        attempt = {**self.RAN["attempt"], "startTime": "2026-11-21T12:00:00Z"}
+        progress = {"percent": "1%", "currentStep": 1, "totalSteps": 100, "lastUpdatedTime": "2026-11-21T12:01:40Z"}
+        for status, expected in (
+            ({"attempt": attempt, "progress": progress}, 400),
+            (self.used(360), 400),
+            (self.used(500), 500),
+        ):
+            self.observe(metrics, {}, status)
+            assert self.gpu_seconds(metrics) == expected
+
+    def test_a_job_of_the_same_name_starts_from_nothing(self) -> None:
+        metrics = Metrics()
+        self.observe(metrics, {}, self.used(400))
+        assert self.gpu_seconds(metrics) == 400
+        metrics.forget("team", "bot")
+        assert self.gpu_seconds(metrics) is None
+        self.observe(metrics, {}, self.used(10))
+        assert self.gpu_seconds(metrics) == 10
 
 
 def apply_merge_patch(target: Any, patch: Any) -> Any:

@@ -11,14 +11,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import kopf
 import pytest
 from builders import SETTINGS, UID, job_body, report
 
-from finetune_api.names import Stage
+from finetune_api import GROUP, PLURAL, VERSION
+from finetune_api.names import LABEL_JOB_UID, Stage
 from finetune_operator import handlers, progress
 from finetune_operator.cli import commands
 from finetune_operator.handlers import Operator
-from finetune_operator.kube import FINETUNE_JOBS, JOBS, ApiError
+from finetune_operator.kube import FINETUNE_JOBS, JOBS, ApiError, Kind
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.reconcile import Key, Reconciler
@@ -85,6 +87,54 @@ class TestProgress:
             found, problem = await self.ask(port, monkeypatch)
         assert found is None
         assert "Timeout" in problem
+
+    async def test_a_pod_sends_the_operator_nowhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a pod answers is up to its job, and the operator reaches what the job does not."""
+        asked = 0
+
+        async def secret(writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            asked += 1
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + report(Stage.TRAIN, 1).encode())
+
+        async with agent(secret) as other:
+
+            async def answer(writer: asyncio.StreamWriter) -> None:
+                writer.write(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:%d/\r\n\r\n" % other)
+
+            async with agent(answer) as port:
+                assert await self.ask(port, monkeypatch) == (None, "no report in the answer")
+        assert asked == 0
+
+    async def test_pods_are_asked_directly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+
+        async def answer(writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + report(Stage.TRAIN, 1).encode())
+
+        async with agent(answer) as port:
+            found, problem = await self.ask(port, monkeypatch)
+        assert (found.job_uid, problem) == (UID, "")
+
+    async def test_no_more_than_fifty_are_asked_at_the_same_time(self) -> None:
+        asked = highest = 0
+
+        class Session:
+            @contextlib.asynccontextmanager
+            async def get(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
+                nonlocal asked, highest
+                asked += 1
+                highest = max(highest, asked)
+                await asyncio.sleep(0)
+                asked -= 1
+                yield SimpleNamespace(content=SimpleNamespace(read=lambda _: asyncio.sleep(0, b"")))
+
+        reader = ProgressReader()
+        reader._session = Session()  # type: ignore[assignment]
+        assert len(await reader.read_all(["10.0.0.7"] * 200)) == 200
+        assert highest == 50
 
 
 class Cluster:
@@ -154,33 +204,60 @@ async def test_a_namespace_that_is_gone_does_not_stop_the_others(monkeypatch: py
     assert operator._resynced > 0
 
 
-async def test_a_look_that_does_not_end_holds_up_a_stop_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = asyncio.Event()
+class Silent:
+    """An API server that never answers, and notes for which jobs it was asked."""
 
-    class Silent:
-        async def param_serialize(self, *_: Any, **__: Any) -> tuple[()]:
-            return ()
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
 
-        async def call_api(self, **_: Any) -> None:
-            asked.set()
-            await asyncio.sleep(3600)
+    async def param_serialize(self, method: str, path: str, **_: Any) -> tuple[str, str]:
+        return method, path
 
-        async def close(self) -> None:
-            pass
+    async def call_api(self, method: str, path: str, **_: Any) -> None:
+        if "/namespaces/team/finetunejobs/" in path:
+            self.asked.put_nowait(path)
+        await asyncio.sleep(3600)
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
+    api = Silent()
 
     async def load_client() -> Silent:
-        return Silent()
+        return api
 
     monkeypatch.setattr(handlers, "load_client", load_client)
     monkeypatch.setattr(handlers, "STOP_SECONDS", 0.01)
+    return api
+
+
+async def test_a_look_that_does_not_end_holds_up_a_stop_for_a_bounded_time(silent: Silent) -> None:
     operator = Operator(type(SETTINGS)(http_host="127.0.0.1", http_port=0))
     await operator.open()
     await operator.lead()
     await operator.start()
     operator.mark("team", "bot")
-    await asked.wait()
+    await silent.asked.get()
     async with asyncio.timeout(30):
         await operator.stop()
+
+
+async def test_so_many_jobs_are_looked_at_at_the_same_time_as_there_are_workers(silent: Silent) -> None:
+    operator = Operator(type(SETTINGS)(http_host="127.0.0.1", http_port=0, workers=3))
+    await operator.open()
+    await operator.lead()
+    await operator.start()
+    for number in range(10):
+        operator.mark("team", f"bot{number}")
+    for _ in range(3):
+        await silent.asked.get()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert silent.asked.empty()
+    await operator.stop()
 
 
 class TestWatch:
@@ -322,6 +399,107 @@ class TestProbes:
         operator.watched("finetunejobs", "team", "bot", "7")
         await self.resync(operator, 1, Lists())
         assert operator.unhealthy() == ""
+
+
+async def test_jobs_are_spread_over_the_time_between_two_resyncs_but_for_the_first_one() -> None:
+    delays: list[float] = []
+
+    class Jobs(Lists):
+        async def versions(self, kind: Any, namespace: str | None, **_: Any) -> dict[tuple[str, str], str]:
+            return {("team", str(number)): "7" for number in range(100)} if kind is FINETUNE_JOBS else {}
+
+    operator = Operator(SETTINGS)
+    operator.queue = SimpleNamespace(add=lambda key, delay: delays.append(delay))  # type: ignore[assignment]
+    await TestProbes().resync(operator, 2, Jobs())
+    first, later = delays[:100], sorted(delays[100:])
+    assert set(first) == {0.0}
+    assert len(later) == 100
+    assert later[0] < 0.25 * SETTINGS.resync_seconds < 0.75 * SETTINGS.resync_seconds < later[-1]
+    assert later[-1] <= SETTINGS.resync_seconds
+
+
+class TestKopf:
+    """What kopf would do by itself: watch everything, write events, list CRDs, and touch what others have written."""
+
+    @pytest.fixture
+    def configured(self) -> kopf.OperatorSettings:
+        settings = kopf.OperatorSettings()
+        handlers.configure(settings, SETTINGS)
+        return settings
+
+    @pytest.mark.parametrize(("group", "plural"), [("batch", "jobs"), ("", "pods")])
+    def test_only_children_are_streamed(self, configured: kopf.OperatorSettings, group: str, plural: str) -> None:
+        resource = kopf.Resource(group, "v1", plural)
+        assert list(configured.watching.label_selectors.collect(resource)) == [LABEL_JOB_UID]
+
+    def test_all_jobs_are_streamed(self, configured: kopf.OperatorSettings) -> None:
+        assert list(configured.watching.label_selectors.collect(kopf.Resource(GROUP, VERSION, PLURAL))) == []
+
+    def test_it_writes_no_events_and_needs_no_more_rights_than_we_have(self, configured: kopf.OperatorSettings) -> None:
+        assert (configured.posting.enabled, configured.scanning.disabled) == (False, True)
+        assert configured.peering.standalone
+
+    def test_what_other_operators_of_kopf_have_written_is_not_touched(self, configured: kopf.OperatorSettings) -> None:
+        ours: Any = configured.persistence
+        assert ours.finalizer.startswith(f"{GROUP}/")
+        assert (ours.progress_storage.prefix, ours.diffbase_storage.prefix) == (GROUP, GROUP)
+
+    def test_streams_that_went_silent_are_opened_anew(self, configured: kopf.OperatorSettings) -> None:
+        assert 60 < (configured.watching.inactivity_timeout or 0) < 100
+        assert 100 < (configured.watching.server_timeout or 0) < 600
+        assert (configured.networking.request_timeout or 0) < 60
+
+    async def test_they_are_set_when_kopf_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        operator, settings = Operator(SETTINGS), kopf.OperatorSettings()
+        monkeypatch.setattr(operator, "start", lambda: asyncio.sleep(0))
+        found = handlers.build_registry(operator)._activities.get_all_handlers()
+        start: Any = next(handler.fn for handler in found if handler.fn.__name__ == "start")
+        await start(settings=settings)
+        assert settings.persistence.finalizer.startswith(f"{GROUP}/")
+
+    @pytest.mark.parametrize("resource", [(GROUP, VERSION, PLURAL), ("batch", "v1", "jobs"), ("", "v1", "pods")])
+    def test_everything_is_watched_and_nothing_is_written(self, resource: tuple[str, str, str]) -> None:
+        registry, watched = handlers.build_registry(Operator(SETTINGS)), kopf.Resource(*resource)
+        assert registry._watching.has_handlers(watched)
+        # Those that put finalizers and annotations on objects.
+        assert not registry._changing.has_handlers(watched)
+        assert not registry._spawning.has_handlers(watched)
+
+
+class TestTakenNames:
+    """A child that is to be created is there already, and is the job's own."""
+
+    async def look(self, **metadata: Any) -> str:
+        """Why the job waits."""
+        reasons: list[str] = []
+
+        class Taken:
+            async def get(self, kind: Kind, *_: Any) -> dict[str, Any]:
+                if kind is FINETUNE_JOBS:
+                    return job_body()
+                return {"metadata": {"name": "bot-prepare-1", "ownerReferences": [{"uid": UID}], **metadata}}
+
+            async def list(self, *_: Any, **__: Any) -> list[dict[str, Any]]:
+                return []
+
+            async def create(self, kind: Kind, *_: Any) -> None:
+                if kind is JOBS:
+                    raise ApiError(409, "already exists")
+
+            async def patch_status(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> None:
+                reasons.extend(condition["reason"] for condition in body["status"]["conditions"])
+
+        reconcile = Reconciler(Taken(), ProgressReader(), SETTINGS, Metrics(), lambda *_: None)  # type: ignore[arg-type]
+        await reconcile(Key("team", "bot"))
+        (reason,) = reasons
+        return reason
+
+    async def test_one_from_before_the_operator_died_is_taken(self) -> None:
+        assert await self.look() == "WaitingForPod"
+
+    async def test_one_that_somebody_deletes_is_waited_for(self) -> None:
+        """Its pods may still run, and it would be gone a moment after it was taken."""
+        assert await self.look(deletionTimestamp="2026-11-21T12:00:00Z") == "WaitingForCleanup"
 
 
 class Won:

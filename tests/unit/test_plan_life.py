@@ -27,14 +27,25 @@ from test_plan import document, progress, saved
 from finetune_api.failures import FailureClass
 from finetune_api.names import Stage
 from finetune_api.status import MAX_HISTORY, CheckpointResult, Phase
-from finetune_operator.observe import own_jobs, own_pods
+from finetune_operator.observe import Waiting, Workload, own_jobs, own_pods
 from finetune_operator.plan import NODE_LOST_SECONDS
-from finetune_operator.resource import format_time
+from finetune_operator.resource import format_time, parse_time
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
 PREPARED = complete(PREPARE)
 BEGIN = {PREPARE: Story.look, TRAIN: Story.prepared, EXPORT: Story.trained}
 STORED = CheckpointResult(step=5, uri="s3://w/c/5")
+UNSCHEDULABLE = child_pod(
+    TRAIN,
+    conditions=[
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/3 nodes are available",
+        }
+    ],
+)
 
 
 def suspend(story: Story, value: bool = True) -> None:
@@ -188,6 +199,115 @@ class TestSuspending:
         assert story.body["status"]["restarts"]["charged"] == 0
 
 
+class TestTheNextAttempt:
+    """What of an attempt that has ended is not true of the next one."""
+
+    def failed_once(self) -> Story:
+        """Train attempt 1 has failed at step 40, and 2 is created."""
+        story = Story(failurePolicy={"backoffSeconds": 0})
+        story.prepared()
+        story.look(*running(TRAIN), live=report(TRAIN, progress=progress(40), resumed_from_step=0))
+        assert story.body["status"]["progress"]["eta"] == "2m"
+        story.look([exited(TRAIN, 1, 69)], [ended_pod(TRAIN, 1, 69)])
+        assert story.body["status"]["attempt"]["number"] == 2
+        return story
+
+    def test_it_starts_and_runs_as_the_first_one_did(self) -> None:
+        story = self.failed_once()
+        assert "restartTime" not in story.body["status"]
+        assert story.look([child_job(TRAIN, 2)], [child_pod(TRAIN, 2)]).status.phase is Phase.STARTING
+        assert story.look(*running(TRAIN, 2)).status.phase is Phase.RUNNING
+
+    def test_its_speed_is_not_yet_known(self) -> None:
+        shown = self.failed_once().body["status"]["progress"]
+        assert shown["currentStep"] == 40
+        assert not {"stepSeconds", "eta", "estimatedRemainingSeconds"} & shown.keys()
+
+    def test_an_attempt_that_has_ended_has_no_time_left(self) -> None:
+        story = Story(failurePolicy={"backoffSeconds": 3600})
+        story.prepared()
+        story.look(*running(TRAIN), live=report(TRAIN, progress=progress(40)))
+        story.look([exited(TRAIN, 1, 69)], [ended_pod(TRAIN, 1, 69)])
+        assert not {"eta", "estimatedRemainingSeconds"} & story.body["status"]["progress"].keys()
+
+    def test_jobs_that_one_cause_has_ended_do_not_come_back_together(self) -> None:
+        def pause(uid: str) -> float:
+            story = Story(failurePolicy={"backoffSeconds": 100})
+            story.body["metadata"]["uid"] = uid
+            story.prepared()
+            story.look([exited(TRAIN, 1, 69)])
+            return (parse_time(story.body["status"]["restartTime"]) - story.now).total_seconds()
+
+        pauses = [pause(f"{number}") for number in range(20)]
+        assert all(80 <= seconds <= 120 for seconds in pauses)
+        assert max(pauses) - min(pauses) > 10
+        assert pause("7") == pauses[7], "the same for whoever asks again"
+
+
+class TestHowSoon:
+    """Why a job has no pod that runs is shown soon, also when no event tells that there is something to see."""
+
+    REFUSED = 'pods "bot-train-1-0" is forbidden: exceeded quota: gpus'
+    MOUNT = 'MountVolume.SetUp failed for volume "rules" : configmap "rules" not found'
+
+    @staticmethod
+    def pod(reason: str, message: str = "") -> list[dict[str, Any]]:
+        pod = child_pod(TRAIN, state={"waiting": {"reason": reason, "message": message}})
+        pod["metadata"]["creationTimestamp"] = format_time(NOW)
+        return [pod]
+
+    @pytest.mark.parametrize(
+        ("reason", "words", "pods", "warnings", "workload"),
+        [
+            ("PodsRefused", REFUSED, [], (Waiting("FailedCreate", REFUSED),), None),
+            ("ImagePullFailed", "no such image", pod("ErrImagePull", "no such image"), (), None),
+            ("ContainerConfigError", 'secret "s3"', pod("CreateContainerConfigError", 'secret "s3"'), (), None),
+            ("VolumeNotReady", MOUNT, pod("ContainerCreating"), (Waiting("FailedMount", MOUNT),), None),
+            ("Unschedulable", "0/3 nodes", [UNSCHEDULABLE], (), None),
+            ("Queued", "no quota", [], (), Workload("job-bot", message="no quota")),
+        ],
+        ids=["quota", "image", "secret", "volume", "nodes", "queue"],
+    )
+    def test_a_reason_is_shown_within_15_seconds(
+        self,
+        reason: str,
+        words: str,
+        pods: list[dict[str, Any]],
+        warnings: tuple[Waiting, ...],
+        workload: Workload | None,
+    ) -> None:
+        story = Story(scheduling={"queueName": "team-a"}) if workload else Story()
+        story.look()
+        planned = story.look([PREPARED])
+        assert created(planned)[1] == "Job/bot-train-1"
+        jobs = [child_job(TRAIN, age=0, suspended=workload is not None, queue="team-a" if workload else "")]
+        while story.condition("Running") != ("False", reason) or words not in self.message(story):
+            assert planned.look_again is not None
+            planned = story.look(jobs, pods, after=planned.look_again)
+            # What is asked for is read in the same look.
+            if planned.needs_events_of is not None:
+                planned = story.look(jobs, pods, warnings=warnings)
+            if planned.needs_workload_of is not None:
+                planned = story.look(jobs, pods, workload=workload)
+            assert story.now - NOW <= timedelta(seconds=15)
+
+    @pytest.mark.parametrize("after", [1, 5, 9.9])
+    @pytest.mark.parametrize("has_pod", [False, True])
+    def test_a_look_in_between_does_not_put_it_off(self, after: float, has_pod: bool) -> None:
+        story = Story()
+        story.prepared()
+        jobs, pods = [child_job(TRAIN, age=0)], self.pod("ContainerCreating") if has_pod else []
+        planned = story.look(jobs, pods, after=after)
+        while planned.needs_events_of is None:
+            planned = story.look(jobs, pods, after=planned.look_again or 0)
+        assert story.now - NOW <= timedelta(seconds=15)
+
+    @staticmethod
+    def message(story: Story) -> str:
+        (message,) = [c["message"] for c in story.body["status"]["conditions"] if c["type"] == "Running"]
+        return str(message)
+
+
 class TestClocks:
     def test_only_active_time_counts(self) -> None:
         """The job is suspended for a day, waits for a day, and has its whole time left."""
@@ -249,19 +369,7 @@ class TestClocks:
         ("pods", "words"),
         [
             (
-                [
-                    child_pod(
-                        TRAIN,
-                        conditions=[
-                            {
-                                "type": "PodScheduled",
-                                "status": "False",
-                                "reason": "Unschedulable",
-                                "message": "0/3 nodes are available",
-                            }
-                        ],
-                    )
-                ],
+                [UNSCHEDULABLE],
                 "0/3 nodes are available",
             ),
             ([], "Waiting for the train pod"),
@@ -406,6 +514,14 @@ class TestOutOfMemory:
         assert story.condition("Failed") == ("True", "OutOfMemoryGPU")
         assert "halved 2 times" in story.body["status"]["failure"]["message"]
 
+    def test_a_rule_that_says_restart_halves_it_too(self) -> None:
+        """Else it would run out of memory in the same way again."""
+        rule = {"class": "OutOfMemoryGPU", "action": "Restart"}
+        story = Story(failurePolicy={"rules": [rule], "backoffSeconds": 0})
+        story.prepared()
+        planned = story.look([failed(TRAIN, 1, FailureClass.OUT_OF_MEMORY_GPU)])
+        assert document(planned)["microBatchLimit"] == 4
+
     def test_it_is_remembered_over_other_restarts(self) -> None:
         story = Story(failurePolicy={"backoffSeconds": 0})
         story.prepared()
@@ -531,6 +647,15 @@ class TestAccounts:
             "pod": "bot-train-14-0-x7k2p",
             "node": "node1",
         }
+
+    def test_the_node_of_a_pod_that_failed_is_kept(self) -> None:
+        """Failures that follow each other on one node are those of the node."""
+        story = Story(failurePolicy={"backoffSeconds": 0})
+        story.prepared()
+        story.look(*running(TRAIN))
+        story.look([exited(TRAIN, 1, 69)], [ended_pod(TRAIN, 1, 69)])
+        past = story.body["status"]["history"][-1]
+        assert (past["node"], past["exitCode"], past["pod"]) == ("node1", 69, "bot-train-1-0-x7k2p")
 
     def test_an_attempt_that_succeeded_is_in_the_history_too(self) -> None:
         story = Story()

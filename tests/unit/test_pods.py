@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import kubernetes_validate
 import pytest
@@ -406,6 +406,30 @@ class TestPodTemplate:
     def test_a_pod_without_a_template_is_as_before(self) -> None:
         assert "annotations" not in template()["metadata"]
         assert {"imagePullSecrets", "affinity", "priorityClassName"} & pod().keys() == set()
+
+
+class TestSettings:
+    """What a job or the operator says of its pods, and is there as it was said."""
+
+    @pytest.mark.parametrize("stage", Stage)
+    def test_what_trains_has_time_to_save(self, stage: Stage) -> None:
+        grace = pod(stage, checkpoint={"gracePeriodSeconds": 600})["terminationGracePeriodSeconds"]
+        assert grace == (600 if stage is Stage.TRAIN else pods.PREPARE_GRACE_SECONDS)
+
+    @pytest.mark.parametrize("stage", Stage)
+    def test_a_service_account_is_that_of_every_pod(self, stage: Stage) -> None:
+        assert pod(stage, storage={"serviceAccountName": "reader"})["serviceAccountName"] == "reader"
+        assert "serviceAccountName" not in pod(stage)
+
+    def test_shared_memory_is_as_large_as_was_asked_for(self) -> None:
+        built = pod(resources={"sharedMemory": "3Gi"})
+        (volume,) = [item for item in built["volumes"] if item["name"] == "shm"]
+        assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "3Gi"}
+        assert {"name": "shm", "mountPath": "/dev/shm"} in built["containers"][0]["volumeMounts"]
+
+    @pytest.mark.parametrize("policy", ["Always", "Never"])
+    def test_images_are_pulled_as_the_operator_is_told(self, policy: Literal["Always", "Never"]) -> None:
+        assert container(with_settings=Settings(image_pull_policy=policy))["imagePullPolicy"] == policy
 
 
 class TestProxiesAndTrust:

@@ -6,12 +6,30 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from builders import NOW, Story, child_job, child_pod, complete, created, deleted, exited, running_pod
-from test_plan import saved
+from builders import (
+    NOW,
+    SETTINGS,
+    UID,
+    Story,
+    child_job,
+    child_pod,
+    complete,
+    created,
+    deleted,
+    ended_pod,
+    exited,
+    report,
+    running_pod,
+)
+from test_plan import progress, saved
 
 from finetune_api.names import Stage
 from finetune_api.status import Phase, QueueStatus
+from finetune_operator.kube import JOBS, PENDING, WORKLOADS, ApiError, Kind
+from finetune_operator.metrics import Metrics
 from finetune_operator.observe import Workload, read_position, read_workload
+from finetune_operator.progress import ProgressReader
+from finetune_operator.reconcile import Key, Reconciler
 from finetune_operator.resource import format_time
 
 PREPARE, TRAIN, EXPORT = Stage.PREPARE, Stage.TRAIN, Stage.EXPORT
@@ -99,6 +117,16 @@ class TestWaiting:
         assert planned.status.queue == QueueStatus(name="team-a", workload="job-bot", cluster_queue="gpus")
         assert planned.status.phase is Phase.RUNNING
 
+    def test_who_is_admitted_has_no_place_in_the_queue(self) -> None:
+        story = Story(**QUEUED)
+        story.prepared()
+        story.look(waiting(), workload=Workload("job-bot", position=3))
+        planned = story.look([child_job(TRAIN, queue="team-a")])
+        assert planned.status.queue == QueueStatus(name="team-a", workload="job-bot")
+        # Kueue has written the Workload, and not yet the Job.
+        planned = story.look(waiting(), workload=Workload("job-bot", cluster_queue="gpus", position=1))
+        assert planned.status.queue == QueueStatus(name="team-a", workload="job-bot", cluster_queue="gpus")
+
     def test_a_cluster_without_kueue_is_named_with_an_event(self) -> None:
         story = Story(**QUEUED)
         story.prepared()
@@ -139,6 +167,14 @@ class TestWaiting:
         assert "no quota" in story.body["status"]["failure"]["message"]
 
 
+def test_a_pod_that_runs_before_anybody_looks_has_no_place_in_the_queue() -> None:
+    story = Story(**QUEUED)
+    story.prepared()
+    story.look(waiting(), workload=Workload("job-bot", position=3))
+    planned = story.look([child_job(TRAIN, queue="team-a")], [running_pod(TRAIN)])
+    assert planned.status.queue == QueueStatus(name="team-a", workload="job-bot")
+
+
 class TestEviction:
     def evicted(self) -> Story:
         story = Story(**QUEUED)
@@ -167,6 +203,20 @@ class TestEviction:
             ("Preempted", 1)
         ]
 
+    @pytest.mark.parametrize("replacement", [[], [child_pod(TRAIN)]], ids=["no pod", "a pod that waits"])
+    def test_time_in_which_a_replacement_waits_does_not_count(self, replacement: list[dict[str, Any]]) -> None:
+        """A drain took the pod; the Job makes another one, which nobody has room for."""
+        story = Story(**QUEUED, activeDeadlineSeconds=600)
+        story.prepared()
+        child = child_job(TRAIN, queue="team-a")
+        story.look([child], [running_pod(TRAIN)])
+        for _ in range(60):
+            story.look([child], [ended_pod(TRAIN, 1, 143), *replacement], after=60)
+        assert story.condition("Failed") is None
+        assert story.body["status"]["usage"]["activeSeconds"] == 40, "20 s of each pod"
+        assert story.body["status"]["restarts"]["preemptions"] == 1
+        assert story.condition("Running") == ("False", "WaitingForPod")
+
     def test_the_condition_running_follows_the_pod(self) -> None:
         """`kubectl wait --for=condition=Running` ends when it runs again, neither before nor never."""
         story = self.evicted()
@@ -179,6 +229,15 @@ class TestEviction:
         assert story.condition("Running") == ("True", "Training")
         (since,) = [c["lastTransitionTime"] for c in story.body["status"]["conditions"] if c["type"] == "Running"]
         assert since == format_time(story.now)
+
+    def test_it_has_no_time_left_while_it_waits(self) -> None:
+        story = Story(**QUEUED)
+        story.prepared()
+        live = report(TRAIN, progress=progress(40))
+        story.look([child_job(TRAIN, queue="team-a")], [running_pod(TRAIN)], live=live)
+        assert story.body["status"]["progress"]["eta"] == "2m"
+        story.look(waiting())
+        assert not {"eta", "estimatedRemainingSeconds"} & story.body["status"]["progress"].keys()
 
     def test_clocks_stop_in_the_queue(self) -> None:
         story = self.evicted()
@@ -211,6 +270,58 @@ class TestEviction:
         assert created(planned) == ["ConfigMap/bot-train-2", "Job/bot-train-2"]
         assert job_of(planned)["spec"]["suspend"] is True
         assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
+
+
+class TestAsking:
+    """A look at a train Job in a queue, and what the cluster answers when it is asked for Workloads."""
+
+    NO, NEVER = ApiError(404, "no such resource"), ApiError(403, "workloads is forbidden")
+
+    async def ask(self, *answers: Any) -> tuple[str, str]:
+        """Reason and message of the condition that the look writes."""
+        story = Story(**QUEUED)
+        story.prepared()
+        left, written = list(answers), {}
+
+        class Cluster:
+            async def get(self, kind: Kind, *_: Any) -> dict[str, Any]:
+                if kind in PENDING:
+                    raise ApiError(503, "the visibility server is away")
+                return story.body
+
+            async def list(self, kind: Kind, *_: Any, **__: Any) -> list[dict[str, Any]]:
+                if kind in WORKLOADS:
+                    if isinstance(answer := left.pop(0), Exception):
+                        raise answer
+                    return [answer]
+                (job,) = waiting()
+                job["metadata"]["ownerReferences"] = [{"uid": UID}]
+                return [job] if kind is JOBS else []
+
+            async def patch_status(self, kind: Kind, namespace: str, name: str, body: dict[str, Any]) -> None:
+                for condition in body["status"]["conditions"]:
+                    written[condition["type"]] = (condition["reason"], condition["message"])
+
+            async def create(self, *_: Any) -> None:
+                pass
+
+        reconcile = Reconciler(Cluster(), ProgressReader(), SETTINGS, Metrics(), lambda *_: None, clock=lambda: NOW)  # type: ignore[arg-type]
+        await reconcile(Key("team", "bot"))
+        assert left == []
+        return written["Running"]
+
+    async def test_an_operator_that_may_not_look_waits_all_the_same(self) -> None:
+        reason, message = await self.ask(self.NEVER)
+        assert (reason, message) == ("Queued", "Waiting for Kueue to see Job bot-train-1 in queue team-a.")
+
+    async def test_an_older_kueue_is_asked_in_its_version(self) -> None:
+        told = {"type": "QuotaReserved", "status": "False", "message": "no room"}
+        reason, message = await self.ask(self.NO, {"metadata": {"name": "job-bot"}, "status": {"conditions": [told]}})
+        assert (reason, message) == ("Queued", "Workload job-bot waits in queue team-a: no room")
+
+    async def test_a_cluster_that_knows_no_version_has_no_kueue(self) -> None:
+        reason, _ = await self.ask(self.NO, self.NO)
+        assert reason == "QueueMissing"
 
 
 class TestReading:
