@@ -122,11 +122,11 @@ class Life(RuleBasedStateMachine):
         self.skewed = True
         self.world.skew = seconds
 
-    @rule(succeed=st.booleans(), rounds=st.integers(1, 4))
-    def everybody_works(self, succeed: bool, rounds: int) -> None:
+    @rule(succeed=st.booleans(), rounds=st.integers(1, 4), fault=st.one_of(st.none(), faults))
+    def everybody_works(self, succeed: bool, rounds: int, fault: Fault | None = None) -> None:
         """What usually happens between two faults."""
         for _ in range(rounds):
-            self._operate()
+            self._operate(None if self.attentive else fault)
             self.world.admit()
             self._cluster_works(succeed=succeed, steps=4)
             self._sleep(5)
@@ -181,10 +181,11 @@ class Life(RuleBasedStateMachine):
         if pod := self._pick(index, "Pending", "Running"):
             self.world.stop(pod, disrupted=disrupted)
 
-    @rule(index=index)
-    def node_is_lost(self, index: int) -> None:
+    @rule(index=index, silence=st.sampled_from([0, GRACE + 10]))
+    def node_is_lost(self, index: int, silence: float) -> None:
         if pod := self._pick(index, "Running"):
             self.world.lose_node(pod)
+            self._sleep(silence)
 
     @rule()
     def nodes_come_back(self) -> None:
@@ -392,9 +393,8 @@ class Life(RuleBasedStateMachine):
                 said = pod["trainer"]["report"].checkpoint
                 if (stage, number) == (attempt["stage"], attempt["number"]) and said and not attempt.get("endTime"):
                     known = (status.get("checkpoint") or {}).get("step")
-                    written = parse_time(status["progress"]["lastUpdatedTime"])
-                    recently = (self.world.now - written).total_seconds() < self.world.settings.progress_seconds
-                    assert known == said.step or recently
+                    age = (self.world.now - parse_time(said.time)).total_seconds()
+                    assert known == said.step or age < LATE_SECONDS
 
     @invariant()
     def progress_never_goes_back_within_an_attempt(self) -> None:
@@ -529,10 +529,11 @@ class Life(RuleBasedStateMachine):
         for pod in self.world.live_pods():
             if pod["status"]["phase"] == "Pending":
                 self._start(pod)
-            elif succeed and "deletionTimestamp" not in pod["metadata"]:
+            elif "deletionTimestamp" not in pod["metadata"]:
                 if steps:
                     self.world.train(pod, steps)
-                self.world.succeed(pod)
+                if succeed:
+                    self.world.succeed(pod)
 
     def _start(self, pod: Object) -> None:
         """No attempt begins to read what an older one still writes."""

@@ -88,7 +88,7 @@ def export_takes_the_newest_attempt(patch: pytest.MonkeyPatch) -> None:
 
 def the_status_is_written_over_whatever_is_there(patch: pytest.MonkeyPatch) -> None:
     """A next attempt is created in the look that decides it, and a conflict is taken for success."""
-    write = reconcile.reconcile.Reconciler._write_status
+    write = reconcile.Reconciler._write_status
 
     async def careless(self: Any, job: Any, planned: Any) -> None:
         with contextlib.suppress(ApiError):

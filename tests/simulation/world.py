@@ -455,7 +455,7 @@ class World:
             return
         step = min(STEPS - 1, trainer["report"].progress.step + steps)
         self.storage[trainer["uid"]].checkpoints[trainer["document"].attempt] = step
-        checkpoint = CheckpointResult(step=step, uri=f"s3://w/{step}")
+        checkpoint = CheckpointResult(step=step, uri=f"s3://w/{step}", time=format_time(self.now))
         trainer["report"] = trainer["report"].model_copy(update={"checkpoint": checkpoint})
         self._progress(trainer, step)
 
