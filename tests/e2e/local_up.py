@@ -24,7 +24,7 @@ def eventually(check: Callable[[], Any], what: str, seconds: float = 300) -> Any
     deadline = time.monotonic() + seconds
     while not (value := check()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
+        time.sleep(0.2)  # most checks start kubectl, and what is waited for needs the processor
     return value
 
 

@@ -44,14 +44,10 @@ def unbroken(up: LocalUp) -> str:
 def in_mid_training(up: LocalUp, name: str) -> str:
     """Start a job and wait until it has a checkpoint and is past it; returns its uid."""
     up.apply(manifest(name, **SPEC))
-    up.until(
-        name,
-        lambda s: (
-            s.get("checkpoint", {}).get("step", 0) >= 10 and s["progress"]["currentStep"] > s["checkpoint"]["step"]
-        ),
-        "past a checkpoint",
-    )
     uid: str = up.job(name)["metadata"]["uid"]
+    work = f"out/{name}/.finetune/{uid}/train/1/checkpoints/10/manifest.json"
+    eventually(lambda: work in up.all_keys("models"), "a checkpoint is stored")
+    up.until(name, lambda s: s.get("progress", {}).get("currentStep", 0) > 10, "past it")
     return uid
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import manifest
-from local_up import LocalUp
+from local_up import LocalUp, eventually
 from test_deaths import kill_all, losses, report
 
 SPEC: dict[str, Any] = {
@@ -36,7 +36,8 @@ def processes_of(up: LocalUp, name: str, node: int) -> list[psutil.Process]:
 def test_a_pod_that_is_killed_costs_the_steps_since_the_last_checkpoint(up: LocalUp, alone: str, lost: int) -> None:
     name = f"two-nodes-{lost}"
     up.apply(manifest(name, **SPEC, **TWO))
-    up.until(name, lambda s: s.get("checkpoint", {}).get("step", 0) >= 10, "a checkpoint")
+    work = f"out/{name}/.finetune/{up.job(name)['metadata']['uid']}/train/1/checkpoints/10/manifest.json"
+    eventually(lambda: work in up.all_keys("models"), "a checkpoint is stored")
     victims = processes_of(up, name, lost)
     assert len(victims) == 2
     kill_all(victims)

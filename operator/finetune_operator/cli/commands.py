@@ -41,7 +41,8 @@ POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 """A cluster that cannot be reached while a job is followed is asked again for so long."""
 
-console = Console(highlight=False, soft_wrap=True)
+# What reads the output is not a terminal of 80 columns.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 250)
 
 
 @dataclass

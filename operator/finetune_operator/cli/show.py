@@ -35,7 +35,7 @@ def age(created: str, now: datetime) -> str:
 def jobs_table(jobs: Iterable[tuple[FineTuneJob, str]], *, namespaces: bool) -> Table:
     """`jobs` are pairs of a job and its creation time."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ["NAME", "PHASE", "REASON", "METHOD", "PROGRESS", "ETA", "LOSS", "PERPLEXITY", "RESTARTS", "AGE"]
+    columns = ["NAME", "PHASE", "REASON", "PROGRESS", "ETA", "LOSS", "PERPLEXITY", "RESTARTS", "AGE"]
     for column in (["NAMESPACE"] if namespaces else []) + columns:
         table.add_column(column)
     now = datetime.now(UTC)
@@ -46,7 +46,6 @@ def jobs_table(jobs: Iterable[tuple[FineTuneJob, str]], *, namespaces: bool) -> 
             job.name,
             phase_text(job.status.phase),
             job.status.reason or "",
-            job.spec.method.adapter.type if job.spec else "",
             progress.percent if progress else "",
             (progress.eta if progress and job.status.phase is Phase.RUNNING else "") or "",
             (progress.loss if progress else "") or "",
