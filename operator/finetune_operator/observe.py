@@ -94,6 +94,11 @@ class ChildPod:
     index: int = 0
     """Which of the attempt's pods it is. The first one speaks for all."""
 
+    @property
+    def waits(self) -> bool:
+        """It has not run yet, and may."""
+        return self.started is None and self.exit_code is None and not self.finished
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -141,6 +146,8 @@ class Observation:
     """Names of the pods that have answered."""
     unreachable: str = ""
     """Why the running pod could not be asked; empty when it was not tried or answered."""
+    silent_seconds: float = 0.0
+    """How long it has not answered."""
 
     def job(self, stage: Stage, attempt: int) -> ChildJob | None:
         return next((job for job in self.jobs if (job.stage, job.attempt) == (stage, attempt)), None)

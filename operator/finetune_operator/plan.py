@@ -341,7 +341,7 @@ class _Stage:
 
     def _note_eviction(self, child: ChildJob | None, present: Observation, last: ChildPod | None) -> None:
         """A queue that needs the room suspends the Job, and may start it again before anybody has looked. The Job of a
-        queue also makes another pod by itself when one was told to stop, and there may be no room for it."""
+        queue also makes another pod by itself when somebody deleted one, and there may be no room for it."""
         attempt = self.draft.status.attempt
         if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
             return
@@ -355,13 +355,15 @@ class _Stage:
                 self.draft.learn(self._report(child.attempt, pod))
         begins = [pod.started for pod in present.pods_of(self.stage, child.attempt)]
         if child.nodes == 1:
-            replaced = last is not None and last.started != started
+            replaced = last is not None and (
+                last.started not in (None, started) or (last.waits and last.created > started)
+            )
         else:
             # Where one was replaced, the others end as well: it has begun again when all have.
             replaced = last is not None and all(begin is not None and begin > started for begin in begins)
         if ends and (taken or replaced):
             self.draft.note_seen(max(ends))
-        if (taken and (child.suspended or ends)) or replaced:
+        if (taken and child.suspended) or replaced:
             self.draft.requeue()
 
     def _note_missed(self, last: ChildPod | None) -> None:
@@ -422,7 +424,7 @@ class _Stage:
                 ConditionType.PROGRESS_AVAILABLE, "True", Reason.PROGRESS_RECEIVED, "The train pod answers."
             )
             self.draft.progress(report, self.pace.progress, final=False)
-        elif self.seen.unreachable and pod.delete_by is None and self._is_silent():
+        elif self.seen.silent_seconds >= UNREACHABLE_SECONDS and pod.delete_by is None:
             text = (
                 f"The operator cannot read the progress ({self.seen.unreachable}); training goes on. Let the network "
                 "policy allow it to reach the metrics port of the pods."
@@ -431,15 +433,6 @@ class _Stage:
             if before is None or before.reason != Reason.UNREACHABLE:
                 self.draft.note(Reason.UNREACHABLE, text, warning=True)
             self.draft.set_condition(ConditionType.PROGRESS_AVAILABLE, "False", Reason.UNREACHABLE, text)
-
-    def _is_silent(self) -> bool:
-        """Nothing that the pod of the present attempt says was written down for a while."""
-        attempt, progress = self.draft.status.attempt, self.draft.status.progress
-        assert attempt is not None
-        mine = progress is not None and progress.attempt == attempt.number
-        heard = progress.last_updated_time if progress is not None and mine else attempt.start_time
-        silent = (self.now - parse_time(heard)).total_seconds() if heard else 0.0
-        return silent >= max(UNREACHABLE_SECONDS, 2 * self.pace.progress)
 
     def _wait_for_pod(self, child: ChildJob, pod: ChildPod | None) -> Plan:
         status = "False" if self.stage is Stage.TRAIN else "Unknown"

@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
@@ -60,6 +60,8 @@ ERROR_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Seconds before a job is looked at again after errors in a row."""
 EVENT_DELAY = 30.0
 """Seconds after which events that could not be recorded are tried again."""
+REFUSED_SECONDS = 10.0
+"""How long a refusal is believed: its text may differ each time, and each new text is a write, which makes us look."""
 
 
 @dataclass(frozen=True, order=True)
@@ -92,6 +94,12 @@ class Reconciler:
         """Statuses that were written, as far as we know."""
         self._unsaid: dict[Key, list[dict[str, Any]]] = {}
         """Events that are to be recorded."""
+        self._events_from: dict[Key, datetime] = {}
+        """When those that could not be recorded may be tried again."""
+        self._refused: dict[Key, tuple[datetime, str, dict[str, Any]]] = {}
+        """Until when which child is known to be refused, and why."""
+        self._silent_since: dict[Key, datetime] = {}
+        """Since when a running pod has not answered."""
 
     async def __call__(self, key: Key) -> None:
         """Bring one job forward. Never raises; what fails is tried again."""
@@ -105,6 +113,10 @@ class Reconciler:
                 self._metrics.reconciles.labels("success").inc()
         if delay is not None:
             self._again(key, delay)
+
+    def _forget(self, key: Key) -> None:
+        for known in (self._phases, self._unsure, self._unsaid, self._events_from, self._refused, self._silent_since):
+            known.pop(key, None)
 
     def _retry(self, key: Key, error: Exception) -> float:
         count = self._errors[key] = self._errors.get(key, 0) + 1
@@ -124,8 +136,7 @@ class Reconciler:
         body = await self._kube.get(FINETUNE_JOBS, key.namespace, key.name)
         if body is None:
             self._metrics.forget(key.namespace, key.name)
-            for known in (self._phases, self._unsure, self._unsaid):
-                known.pop(key, None)
+            self._forget(key)
             return None
         job = FineTuneJob.parse(body)
         logs.add(uid=job.uid)
@@ -166,7 +177,7 @@ class Reconciler:
             await self._kube.delete(FINETUNE_JOBS, job.namespace, job.name, job.uid, job.resource_version)
             log.info("%s/%s: deleted, its time to live is over", job.namespace, job.name)
         if not all_said:
-            return min(EVENT_DELAY, planned.look_again or EVENT_DELAY)
+            return EVENT_DELAY if planned.look_again is None else min(EVENT_DELAY, planned.look_again)
         return planned.look_again
 
     def _is_written(self, key: Key, job: FineTuneJob, planned: Plan) -> None:
@@ -197,12 +208,19 @@ class Reconciler:
         answers = dict(zip(asked, await self._reader.read_all([pod.ip for pod in asked]), strict=True))
         if running is not None:
             live, unreachable = answers[running]
+        key = Key(job.namespace, job.name)
+        silent_seconds = 0.0
+        if unreachable:
+            since = self._silent_since.setdefault(key, self._clock())
+            silent_seconds = (self._clock() - since).total_seconds()
+        else:
+            self._silent_since.pop(key, None)
         alive = frozenset(
             pod.name
             for pod, (said, _) in answers.items()
             if said is not None and (said.job_uid, said.stage, said.attempt) == (job.uid, pod.stage, pod.attempt)
         )
-        return Observation(jobs, pods, live=live, unreachable=unreachable, alive=alive)
+        return Observation(jobs, pods, live=live, unreachable=unreachable, silent_seconds=silent_seconds, alive=alive)
 
     async def _ask_kueue(self, job: FineTuneJob, child: ChildJob) -> dict[str, Any]:
         """What Kueue says of a Job, as fields of the observation."""
@@ -230,21 +248,27 @@ class Reconciler:
 
     async def _create(self, job: FineTuneJob, planned: Plan) -> dict[str, Any] | None:
         """Create the children; what stands in the way comes back as fields of the observation."""
+        key = Key(job.namespace, job.name)
         for child in planned.create:
             kind = BY_NAME[child["kind"]]
             name = child["metadata"]["name"]
+            until, refused, why = self._refused.get(key, (self._clock(), "", {}))
+            if refused == name and self._clock() < until:
+                return why
             try:
                 await self._kube.create(kind, job.namespace, child)
                 log.info("%s/%s: created %s %s", job.namespace, job.name, child["kind"], name)
             except ApiError as error:
-                if error.status == 409:
+                if error.status == 409 and not _is_policy(error):
                     conflict = await self._conflict(job, child["kind"], name)
                     if conflict is not None:
                         return {"conflict": conflict}
                 elif error.status in (400, 403, 422) or _is_policy(error):
                     # Quota, a webhook, or missing rights: waiting for a person.
                     invalid = error.status == 422 and not _is_policy(error)
-                    return {"create_error": error.message, "create_invalid": invalid}
+                    why = {"create_error": error.message, "create_invalid": invalid}
+                    self._refused[key] = (self._clock() + timedelta(seconds=REFUSED_SECONDS), name, why)
+                    return why
                 else:
                     raise
         return None
@@ -310,6 +334,8 @@ class Reconciler:
 
     async def _record_events(self, key: Key) -> bool:
         """Record what is to be said, in its order; whether all was. No job waits for its events."""
+        if key in self._unsaid and self._clock() < self._events_from.get(key, self._clock()):
+            return False
         events = self._unsaid.pop(key, [])
         while events:
             try:
@@ -320,6 +346,7 @@ class Reconciler:
                     log.warning("%s/%s: event %s: %s", key.namespace, key.name, events[0]["reason"], error)
                 if not refused:
                     self._unsaid[key] = events
+                    self._events_from[key] = self._clock() + timedelta(seconds=EVENT_DELAY)
                     return False
             del events[0]
         return True

@@ -39,6 +39,8 @@ STAGE_CONDITION = {
     Stage.TRAIN: ConditionType.RUNNING,
     Stage.EXPORT: ConditionType.EXPORTED,
 }
+_OF_ONE_POD = ("start_time", "seen_time", "nodes", "resumed_from_step", "checkpoint_failures")
+"""Fields of an attempt that speak of its pod."""
 MAX_FAILURE_MESSAGE = 2048
 """Characters of status.failure.message."""
 
@@ -172,9 +174,7 @@ class Draft:
         attempt, restarts = self.status.attempt, self.status.restarts or Restarts()
         assert attempt is not None
         self.set(
-            attempt=attempt.model_copy(
-                update={"start_time": None, "seen_time": None, "nodes": None, "resumed_from_step": None}
-            ),
+            attempt=attempt.model_copy(update=dict.fromkeys(_OF_ONE_POD)),
             restarts=restarts.model_copy(update={"preemptions": restarts.preemptions + 1}),
             progress=self.status.progress and self.status.progress.model_copy(update={"attempt": None}),
         )
@@ -374,9 +374,12 @@ class Draft:
             self.set(attempt=attempt)
         failures = report.checkpoint_failures or 0
         if attempt and failures > (attempt.checkpoint_failures or 0):
+            if not attempt.checkpoint_failures:
+                text = (
+                    f"A checkpoint of {attempt.stage} attempt {attempt.number} could not be stored; its log says why."
+                )
+                self.note(Reason.CHECKPOINT_FAILED, f"{text} Training goes on.", warning=True)
             self.set(attempt=attempt.model_copy(update={"checkpoint_failures": failures}))
-            text = f"{failures} checkpoints of {attempt.stage} attempt {attempt.number} could not be stored"
-            self.note(Reason.CHECKPOINT_FAILED, f"{text}; its log says why. Training goes on.", warning=True)
 
     def _learn_checkpoint(self, checkpoint: CheckpointResult) -> None:
         """Each is written down; only the first, and the first that is slow, are events."""
@@ -384,7 +387,9 @@ class Draft:
         before = self.condition(ConditionType.CHECKPOINTED)
         reason, text = Reason.CHECKPOINT_SAVED, f"The checkpoint of step {checkpoint.step} is stored."
         grace = self.job.spec.checkpoint.grace_period_seconds if self.job.spec is not None else None
-        if grace is not None and float(checkpoint.save_seconds or 0) > grace:
+        # Times around the limit are one trouble, not many.
+        slow = before is not None and before.reason == Reason.CHECKPOINT_SLOW
+        if grace is not None and float(checkpoint.save_seconds or 0) > (0.8 * grace if slow else grace):
             reason = Reason.CHECKPOINT_SLOW
             text += (
                 f" That took {checkpoint.save_seconds} s, and a pod that is told to stop has {grace} s: set "

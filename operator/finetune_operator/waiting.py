@@ -91,7 +91,7 @@ def for_start(pod: ChildPod, stage: Stage) -> tuple[Reason, str]:
         return Reason.CONTAINER_CONFIG_ERROR, (
             f"Pod {pod.name} cannot start ({told}). Create what it names, for example the Secret of storage.secretRef."
         )
-    if pod.waiting.reason == "Unschedulable" and "persistentvolumeclaim" in pod.waiting.message.lower():
+    if pod.waiting.reason == "Unschedulable" and _is_about_claims(pod.waiting.message):
         # The scheduler says it before any node does.
         return _for_volumes(pod, pod.waiting.message)
     if pod.waiting.reason == "Unschedulable":
@@ -100,3 +100,8 @@ def for_start(pod: ChildPod, stage: Stage) -> tuple[Reason, str]:
             f"No node can take pod {pod.name} ({pod.waiting.message}). Lower spec.{field}, or add nodes."
         )
     return Reason.WAITING_FOR_POD, f"Waiting for pod {pod.name} to start ({told})."
+
+
+def _is_about_claims(message: str) -> bool:
+    """A claim is missing or unbound. One that the cluster itself is about to create is not."""
+    return "persistentvolumeclaim" in message.lower() and "ephemeral volume controller" not in message

@@ -20,7 +20,7 @@ from finetune_api.names import LABEL_JOB_UID, Stage
 from finetune_operator import handlers, progress
 from finetune_operator.cli import commands
 from finetune_operator.handlers import Operator
-from finetune_operator.kube import FINETUNE_JOBS, JOBS, ApiError, Kind
+from finetune_operator.kube import EVENTS, FINETUNE_JOBS, JOBS, ApiError, Kind
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import ProgressReader
 from finetune_operator.reconcile import Key, Reconciler
@@ -619,6 +619,33 @@ class TestRefusals:
     async def test_what_can_never_be_created_is_not(self) -> None:
         status, _ = await self.look(ApiError(422, 'Job.batch "bot-prepare-1" is invalid: spec.template.spec: bad'))
         assert (status["phase"], status["reason"]) == ("Failed", "UserError")
+
+    async def test_words_that_differ_each_time_make_no_writes(self) -> None:
+        """Each write is an event, which makes the operator look again."""
+        cluster = self.Cluster(ApiError(500, "failed calling webhook: read tcp 10.0.0.1:50000: reset"))
+        reconcile = Reconciler(cluster, ProgressReader(), SETTINGS, Metrics(), lambda *_: None)  # type: ignore[arg-type]
+        said = set()
+        for port in range(50000, 50020):
+            cluster.error = ApiError(500, f"failed calling webhook: read tcp 10.0.0.1:{port}: reset")
+            await reconcile(Key("team", "bot"))
+            said.add(cluster.status["conditions"][0]["message"])
+        assert len(said) == 1
+
+    async def test_events_that_fail_are_not_tried_at_each_look(self) -> None:
+        cluster = self.Cluster(ApiError(403, "exceeded quota"))
+        tried = []
+
+        async def create(kind: Any, _: str, body: Any) -> Any:
+            if kind is EVENTS:
+                tried.append(body)
+                raise ApiError(503, "no room for events")
+            raise cluster.error
+
+        cluster.create = create  # type: ignore[method-assign]
+        reconcile = Reconciler(cluster, ProgressReader(), SETTINGS, Metrics(), lambda *_: None)  # type: ignore[arg-type]
+        for _ in range(10):
+            await reconcile(Key("team", "bot"))
+        assert len(tried) == 1
 
     async def test_a_server_in_trouble_is_asked_again(self) -> None:
         status, again = await self.look(ApiError(500, "etcdserver: request timed out"))

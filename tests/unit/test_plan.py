@@ -455,16 +455,17 @@ class TestProgress:
     def test_a_pod_that_cannot_be_reached_is_no_failure(self) -> None:
         story = Story()
         story.prepared()
+        seen = [child_job(TRAIN)], [running_pod(TRAIN)]
         for _ in range(100):
-            planned = story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=60, unreachable="TimeoutError")
+            planned = story.look(*seen, after=60, unreachable="TimeoutError", silent_seconds=60)
         assert story.condition("ProgressAvailable") == ("False", "Unreachable")
         assert planned.notes == (), "said once"
         assert story.condition("Running") == ("True", "Training")
-        story.look([child_job(TRAIN)], [running_pod(TRAIN)], live=report(TRAIN, progress=progress(1)))
+        story.look(*seen, live=report(TRAIN, progress=progress(1)))
         assert story.condition("ProgressAvailable") == ("True", "ProgressReceived")
-        story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=2, unreachable="TimeoutError")
+        story.look(*seen, after=3600, unreachable="TimeoutError", silent_seconds=5)
         assert story.condition("ProgressAvailable") == ("True", "ProgressReceived"), "once is no trouble"
-        planned = story.look([child_job(TRAIN)], [running_pod(TRAIN)], after=30, unreachable="TimeoutError")
+        planned = story.look(*seen, after=30, unreachable="TimeoutError", silent_seconds=35)
         assert [(note.reason, note.warning) for note in planned.notes] == [("Unreachable", True)]
 
     def test_nothing_that_a_running_pod_says_is_written_more_often(self) -> None:
@@ -510,17 +511,18 @@ class TestProgress:
         planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(20), checkpoint_failures=2))
         (note,) = planned.notes
         assert (note.reason, note.warning) == ("CheckpointFailed", True)
-        assert "2 checkpoints of train attempt 1" in note.message
+        assert "A checkpoint of train attempt 1 could not be stored" in note.message
         assert story.body["status"]["attempt"]["checkpointFailures"] == 2
-        planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(30), checkpoint_failures=2))
+        planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(30), checkpoint_failures=3))
         assert planned.notes == ()
+        assert story.body["status"]["attempt"]["checkpointFailures"] == 3
 
     def test_checkpoints_that_take_longer_than_a_stopped_pod_has(self) -> None:
         story = Story(checkpoint={"gracePeriodSeconds": 60})
         story.prepared()
         seen = [child_job(TRAIN)], [running_pod(TRAIN)]
         told = []
-        for step, seconds in ((10, "59.9"), (20, "61.0"), (30, "62.0"), (40, "5.0")):
+        for step, seconds in ((10, "59.9"), (20, "61.0"), (30, "59.0"), (40, "61.0"), (50, "5.0")):
             saved = CheckpointResult(step=step, uri="s3://w", save_seconds=seconds)
             planned = story.look(*seen, after=10, live=report(TRAIN, progress=progress(step), checkpoint=saved))
             told += [(note.reason, note.warning) for note in planned.notes if note.reason.startswith("Checkpoint")]

@@ -16,6 +16,7 @@ from builders import (
     complete,
     created,
     deleted,
+    disrupted,
     ended_pod,
     exited,
     report,
@@ -203,19 +204,47 @@ class TestEviction:
             ("Preempted", 1)
         ]
 
-    @pytest.mark.parametrize("replacement", [[], [child_pod(TRAIN)]], ids=["no pod", "a pod that waits"])
-    def test_time_in_which_a_replacement_waits_does_not_count(self, replacement: list[dict[str, Any]]) -> None:
-        """A drain took the pod; the Job makes another one, which nobody has room for."""
+    def test_time_in_which_a_replacement_waits_does_not_count(self) -> None:
+        """Somebody deleted the pod; the Job makes another one, which nobody has room for."""
         story = Story(**QUEUED, activeDeadlineSeconds=600)
         story.prepared()
         child = child_job(TRAIN, queue="team-a")
         story.look([child], [running_pod(TRAIN)])
+        replacement = child_pod(TRAIN)
+        replacement["metadata"]["creationTimestamp"] = format_time(NOW)
         for _ in range(60):
-            story.look([child], [ended_pod(TRAIN, 1, 143), *replacement], after=60)
+            story.look([child], [ended_pod(TRAIN, 1, 143), replacement], after=60)
         assert story.condition("Failed") is None
         assert story.body["status"]["usage"]["activeSeconds"] == 40, "20 s of each pod"
         assert story.body["status"]["restarts"]["preemptions"] == 1
         assert story.condition("Running") == ("False", "WaitingForPod")
+
+    def test_a_pod_that_the_cluster_took_away_is_counted_once(self) -> None:
+        """It has saved and ended, and the Job controller has not said yet what it makes of that."""
+        story = Story(**QUEUED)
+        story.prepared()
+        child = child_job(TRAIN, queue="team-a")
+        story.look([child], [running_pod(TRAIN)])
+        story.look([child], [ended_pod(TRAIN, 1, 75)], after=1)
+        story.look([disrupted(TRAIN, 1, gone=False)], [ended_pod(TRAIN, 1, 75)], after=1)
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
+        assert [entry["stage"] for entry in story.body["status"]["history"]] == ["prepare", "train"]
+        assert story.body["status"]["usage"]["activeSeconds"] == 40, "20 s of each pod"
+
+    @pytest.mark.parametrize(
+        "state",
+        [None, {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown", "startedAt": None}}],
+        ids=["nothing", "unknown"],
+    )
+    def test_a_pod_whose_start_is_forgotten_is_no_other_one(self, state: dict[str, Any] | None) -> None:
+        """Its node was started anew."""
+        story = Story(**QUEUED)
+        story.prepared()
+        child = child_job(TRAIN, queue="team-a")
+        story.look([child], [running_pod(TRAIN)])
+        planned = story.look([child], [child_pod(TRAIN, phase="Failed", state=state)], after=60)
+        assert planned.notes == ()
+        assert story.body["status"]["restarts"]["preemptions"] == 0
 
     def test_the_condition_running_follows_the_pod(self) -> None:
         """`kubectl wait --for=condition=Running` ends when it runs again, neither before nor never."""

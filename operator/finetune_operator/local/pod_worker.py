@@ -185,9 +185,12 @@ class PodWorker:
         self._publish()
         self._events.record(self._pod, "Normal", "Started", "Container started")
         guard = asyncio.create_task(self._guard(process, memory_limit(container)))
-        code = await self._wait(container, process)
-        out_of_memory = guard.done() and code == 128 + signal.SIGKILL
-        guard.cancel()
+        try:
+            code = await self._wait(container, process)
+            killed = guard.done() and guard.exception() is None
+        finally:
+            guard.cancel()
+        out_of_memory = killed and code == 128 + signal.SIGKILL
         # The first process was the container: nothing of its session lives on.
         await kill_all(f"{self.uid}/{container['name']}", [leader])
         self._leaders.remove(leader)
