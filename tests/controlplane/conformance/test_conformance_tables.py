@@ -22,26 +22,29 @@ def columns(table: dict[str, Any]) -> list[str]:
 def test_custom_columns(client: Client, namespace: str) -> None:
     path = f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
     client.create(path, manifest())
-    status = {"phase": "Running", "restarts": {"charged": 2}}
+    status = {"phase": "Running", "reason": "Training", "restarts": {"charged": 2, "preemptions": 3}}
     client.patch(f"{path}/support-bot/status", {"status": status})
     table = client.get(path, accept=TABLE).body
     assert (table["kind"], table["apiVersion"]) == ("Table", "meta.k8s.io/v1")
     assert columns(table) == [
-        *("Name", "Phase", "Method", "Progress", "ETA", "Loss", "Restarts", "Age"),
-        *("Step", "Perplexity", "Output"),
+        *("Name", "Phase", "Reason", "Method", "Progress", "ETA", "Loss", "Restarts", "Age"),
+        *("Preemptions", "Queued", "Step", "Perplexity", "Output"),
     ]
-    assert [column["priority"] for column in table["columnDefinitions"]] == [0] * 8 + [1] * 3
+    assert [column["priority"] for column in table["columnDefinitions"]] == [0] * 9 + [1] * 5
     (row,) = table["rows"]
-    age = row["cells"].pop(7)
+    age = row["cells"].pop(8)
     assert age.endswith("s")
     assert row["cells"] == [
         "support-bot",
         "Running",
+        "Training",
         "QLoRA",
         None,
         None,
         None,
         2,
+        3,
+        None,
         None,
         None,
         "s3://models/support-bot",

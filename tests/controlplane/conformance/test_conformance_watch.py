@@ -117,11 +117,11 @@ def test_tables_are_watched_row_by_row(client: Client, tunes: str) -> None:
     client.create(tunes, manifest("a"))
     with client.watch(tunes, accept=TABLE) as watched:
         watched.until(lambda events: len(events) == 1)
-        client.patch(f"{tunes}/a/status", {"status": {"phase": "Running"}})
+        client.patch(f"{tunes}/a/status", {"status": {"phase": "Running", "reason": "Training"}})
         events = watched.until(lambda events: len(events) == 2)
     first, second = (event["object"] for event in events)
     assert first["kind"] == second["kind"] == "Table"
-    assert [column["name"] for column in first["columnDefinitions"]][:3] == ["Name", "Phase", "Method"]
+    assert [column["name"] for column in first["columnDefinitions"]][:3] == ["Name", "Phase", "Reason"]
     assert not second.get("columnDefinitions")
-    assert [row["cells"][:3] for row in first["rows"]] == [["a", None, "QLoRA"]]
-    assert [row["cells"][:3] for row in second["rows"]] == [["a", "Running", "QLoRA"]]
+    assert [row["cells"][:4] for row in first["rows"]] == [["a", None, None, "QLoRA"]]
+    assert [row["cells"][:4] for row in second["rows"]] == [["a", "Running", "Training", "QLoRA"]]
