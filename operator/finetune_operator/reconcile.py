@@ -252,7 +252,7 @@ class Reconciler:
         for child in planned.create:
             kind = BY_NAME[child["kind"]]
             name = child["metadata"]["name"]
-            until, refused, why = self._refused.get(key, (self._clock(), "", {}))
+            until, refused, why = self._refused.get(key, (job.created, "", {}))
             if refused == name and self._clock() < until:
                 return why
             try:
@@ -334,7 +334,9 @@ class Reconciler:
 
     async def _record_events(self, key: Key) -> bool:
         """Record what is to be said, in its order; whether all was. No job waits for its events."""
-        if key in self._unsaid and self._clock() < self._events_from.get(key, self._clock()):
+        until = self._events_from.pop(key, None)
+        if until is not None and self._clock() < until:
+            self._events_from[key] = until
             return False
         events = self._unsaid.pop(key, [])
         while events:

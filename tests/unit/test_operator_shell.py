@@ -647,6 +647,20 @@ class TestRefusals:
             await reconcile(Key("team", "bot"))
         assert len(tried) == 1
 
+    async def test_events_are_recorded_at_once(self) -> None:
+        cluster = self.Cluster(ApiError(403, "exceeded quota"))
+        told = []
+
+        async def create(kind: Any, _: str, body: Any) -> Any:
+            if kind is JOBS:
+                raise cluster.error
+            told.append(body.get("reason"))
+
+        cluster.create = create  # type: ignore[method-assign]
+        reconcile = Reconciler(cluster, ProgressReader(), SETTINGS, Metrics(), lambda *_: None)  # type: ignore[arg-type]
+        await reconcile(Key("team", "bot"))
+        assert "PodsRefused" in told
+
     async def test_a_server_in_trouble_is_asked_again(self) -> None:
         status, again = await self.look(ApiError(500, "etcdserver: request timed out"))
         assert status == {}
