@@ -129,8 +129,8 @@ class Observation:
     jobs: tuple[ChildJob, ...] = ()
     pods: tuple[ChildPod, ...] = ()
     warnings: tuple[Waiting, ...] = ()
-    """Of the Job that has no pods, or the pod that does not start: messages of Warning events, newest first. Quota, Pod
-    Security and webhooks speak nowhere else, nor do volumes that cannot be mounted."""
+    """Of the Job that has no pods, or the pod that does not start: what its Warning events say, newest first. Quota,
+    Pod Security and webhooks speak nowhere else, nor do volumes that cannot be mounted."""
     workload: Workload | None = None
     """Of the Job that a queue keeps back."""
     no_kueue: bool = False

@@ -96,8 +96,8 @@ class Reconciler:
         """Events that are to be recorded."""
         self._events_from: dict[Key, datetime] = {}
         """When those that could not be recorded may be tried again."""
-        self._refused: dict[Key, tuple[datetime, str, dict[str, Any]]] = {}
-        """Until when which child is known to be refused, and why."""
+        self._refused: dict[Key, tuple[datetime, tuple[str, str], dict[str, Any]]] = {}
+        """Until when which child, by its job's uid and its name, is known to be refused, and why."""
         self._silent_since: dict[Key, datetime] = {}
         """Since when a running pod has not answered."""
 
@@ -252,8 +252,8 @@ class Reconciler:
         for child in planned.create:
             kind = BY_NAME[child["kind"]]
             name = child["metadata"]["name"]
-            until, refused, why = self._refused.get(key, (job.created, "", {}))
-            if refused == name and self._clock() < until:
+            until, refused, why = self._refused.get(key, (job.created, ("", ""), {}))
+            if refused == (job.uid, name) and self._clock() < until:
                 return why
             try:
                 await self._kube.create(kind, job.namespace, child)
@@ -267,7 +267,7 @@ class Reconciler:
                     # Quota, a webhook, or missing rights: waiting for a person.
                     invalid = error.status == 422 and not _is_policy(error)
                     why = {"create_error": error.message, "create_invalid": invalid}
-                    self._refused[key] = (self._clock() + timedelta(seconds=REFUSED_SECONDS), name, why)
+                    self._refused[key] = (self._clock() + timedelta(seconds=REFUSED_SECONDS), (job.uid, name), why)
                     return why
                 else:
                     raise
@@ -334,10 +334,10 @@ class Reconciler:
 
     async def _record_events(self, key: Key) -> bool:
         """Record what is to be said, in its order; whether all was. No job waits for its events."""
-        until = self._events_from.pop(key, None)
+        until = self._events_from.get(key)
         if until is not None and self._clock() < until:
-            self._events_from[key] = until
             return False
+        self._events_from.pop(key, None)
         events = self._unsaid.pop(key, [])
         while events:
             try:
@@ -356,5 +356,5 @@ class Reconciler:
 
 def _is_policy(error: ApiError) -> bool:
     """A webhook or an admission policy refuses, with whatever status it likes, or a webhook does not answer."""
-    said = ("admission webhook", "failed calling webhook", "ValidatingAdmissionPolicy")
+    said = ("admission webhook", "failed calling webhook", "AdmissionPolicy")
     return any(words in error.message for words in said)

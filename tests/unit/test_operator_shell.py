@@ -631,6 +631,24 @@ class TestRefusals:
             said.add(cluster.status["conditions"][0]["message"])
         assert len(said) == 1
 
+    async def test_a_job_that_was_mended_and_created_anew_is_not_refused_for_the_old_one(self) -> None:
+        cluster = self.Cluster(ApiError(422, 'Job.batch "bot-prepare-1" is invalid: spec.template.spec: bad'))
+        reconcile = Reconciler(cluster, ProgressReader(), SETTINGS, Metrics(), lambda *_: None)  # type: ignore[arg-type]
+        await reconcile(Key("team", "bot"))
+        assert cluster.status["phase"] == "Failed"
+        body = job_body()
+        body["metadata"]["uid"] = "another"
+
+        async def get(*_: Any) -> Any:
+            return body
+
+        async def create(*arguments: Any) -> Any:
+            return arguments[-1]
+
+        cluster.status, cluster.get, cluster.create = {}, get, create  # type: ignore[method-assign]
+        await reconcile(Key("team", "bot"))
+        assert cluster.status["phase"] == "Pending"
+
     async def test_events_that_fail_are_not_tried_at_each_look(self) -> None:
         cluster = self.Cluster(ApiError(403, "exceeded quota"))
         tried = []
