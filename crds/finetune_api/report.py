@@ -74,6 +74,8 @@ class Report(ApiModel):
     outcome: Outcome = Outcome.RUNNING
     phase: str = "Starting"
     """What it does now, such as Downloading or Training."""
+    measured_rows: int | None = None
+    """Validation rows that this evaluation has measured so far, by the first process."""
     update_time: str | None = None
     progress: StepProgress | None = None
     resumed_from_step: int | None = None

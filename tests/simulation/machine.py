@@ -283,6 +283,8 @@ class Life(RuleBasedStateMachine):
             restarts = status.get("restarts") or {}
             charged, free = restarts.get("charged", 0), restarts.get("preemptions", 0)
             assert charged <= MAX_RESTARTS
+            taken = len(self.world.taken.get(uid, ()))
+            assert free <= taken, f"{free} preemptions, and {taken} pods were ever taken away"
             history = status.get("history", [])
             if len(history) < MAX_HISTORY:
                 outcomes = [entry["outcome"] for entry in history]

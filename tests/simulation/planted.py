@@ -167,6 +167,21 @@ def events_are_not_tried_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reconcile.Reconciler, "_record_events", once)
 
 
+def a_pod_that_was_taken_away_is_counted_twice(patch: pytest.MonkeyPatch) -> None:
+    """Once when it has ended, and once when the Job controller has said what it makes of that."""
+    note = plan._Stage._note_eviction
+
+    def hasty(self: Any, child: Any, present: Any, last: Any) -> None:
+        note(self, child, present, last)
+        attempt = self.draft.status.attempt
+        if child is None or not child.queue or attempt is None or attempt.start_time is None or child.ended is not None:
+            return
+        if not present.pods_of(self.stage, child.attempt) and self.seen.pods_of(self.stage, child.attempt):
+            self.draft.requeue()
+
+    patch.setattr(plan._Stage, "_note_eviction", hasty)
+
+
 BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_restart_is_not_counted,
     preemptions_are_charged_beyond_the_limit,
@@ -185,4 +200,5 @@ BUGS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_job_is_left_when_its_attempt_has_ended,
     what_a_lost_answer_was_about_is_not_told,
     events_are_not_tried_again,
+    a_pod_that_was_taken_away_is_counted_twice,
 ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_api import API_VERSION, KIND
 from finetune_api.document import JobDocument
-from finetune_api.failures import FailureClass, exit_code_of
+from finetune_api.failures import RULES, STOPPED_CODES, Disposition, FailureClass, exit_code_of
 from finetune_api.names import COMPLETION_INDEX, CONTAINER, DOCUMENT_FILE, LABEL_ATTEMPT, LABEL_STAGE, Stage
 from finetune_api.report import Outcome, Report, StepProgress
 from finetune_api.status import CheckpointResult
@@ -35,6 +35,7 @@ START = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
 STEPS = 10
 STEP_SECONDS = 2.0
 GRACE = 60
+FREE_CODES = {*STOPPED_CODES} | {r.exit_code for r in RULES.values() if r.disposition is Disposition.RESTART_FREE}
 
 
 class Crash(BaseException):
@@ -96,6 +97,8 @@ class World:
         """Pods of nodes that came back when the operator might have given them up: they end a little later."""
         self.ran: dict[str, float] = {}
         """Seconds that pods ran as far as their Jobs can tell, by the uid of the FineTuneJob."""
+        self.taken: dict[str, set[str]] = {}
+        """Pods that were told to stop or stopped as if they were, by the same."""
         self.surely_ran: dict[str, float] = {}
         """Seconds that containers ran on nodes that are there, by the same."""
         self.writes: list[str] = []
@@ -500,6 +503,8 @@ class World:
         self._end(pod, code, reason)
 
     def _end(self, pod: Object, code: int, reason: str = "Completed") -> None:
+        if code in FREE_CODES:
+            self._take(pod)
         started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
         pod["status"]["phase"] = "Failed" if code else "Succeeded"
         pod["status"]["containerStatuses"][0]["state"] = {
@@ -514,6 +519,7 @@ class World:
 
     def stop(self, pod: Object, *, disrupted: bool = False) -> None:
         """Somebody deletes a pod: it has its grace to end."""
+        self._take(pod)
         if disrupted:
             pod["status"].setdefault("conditions", []).append({"type": "DisruptionTarget", "status": "True"})
         if "deletionTimestamp" not in pod["metadata"]:
@@ -524,6 +530,9 @@ class World:
                 pod["status"]["phase"] = "Failed"
             else:
                 self.objects.pop(("pods", pod["metadata"]["name"]), None)
+
+    def _take(self, pod: Object) -> None:
+        self.taken.setdefault(pod["trainer"]["uid"], set()).add(pod["metadata"]["name"])
 
     def _is_suspended(self, pod: Object) -> bool:
         owner = owner_of(pod)

@@ -416,6 +416,29 @@ class TestStalls:
         assert report.failure.log_tail is not None
         assert "in waiting_for_a_peer" in report.failure.log_tail
 
+    @pytest.mark.parametrize("phase", ["MeasuringBase", "Evaluating"])
+    def test_an_evaluation_that_measures_nothing(
+        self, start: Callable[..., AgentRun], phase: str, hasty: dict[str, str]
+    ) -> None:
+        run = start("train", train=f"reporter.phase({phase!r})\n{HANG}", stall_seconds=1, environment=hasty)
+        report = ended(run)
+        assert report.failure is not None
+        assert report.failure.failure_class is FailureClass.NO_PROGRESS
+        assert report.failure.message.endswith("measured no row for 1 s.")
+
+    def test_an_evaluation_of_many_rows(self, start: Callable[..., AgentRun]) -> None:
+        run = start(
+            "train",
+            train="""
+            reporter.phase('Evaluating')
+            for rows in range(1, 9):
+                time.sleep(0.3)
+                reporter.measured(rows)
+            """,
+            stall_seconds=1,
+        )
+        assert ended(run).failure is None
+
     def test_other_phases_may_take_their_time(self, start: Callable[..., AgentRun]) -> None:
         run = start(
             "train",

@@ -265,14 +265,23 @@ class TestEvaluation:
     def test_during_training(self, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
         """In a phase of its own: while it is Training the agent waits for steps, and many rows are no hang."""
         seen: list[str] = []
+        said: list[int] = []
         enter, measure = Reporter.phase, evaluate.measure
+
+        def measured(*arguments: Any, **named: Any) -> Any:
+            seen.append("measures")
+            return measure(*arguments, **named)
+
         monkeypatch.setattr(Reporter, "phase", lambda self, name: seen.append(name) or enter(self, name))
-        monkeypatch.setattr(evaluate, "measure", lambda *rest: seen.append("measures") or measure(*rest))
+        monkeypatch.setattr(evaluate, "measure", measured)
+        monkeypatch.setattr(Reporter, "measured", lambda self, rows: said.append(rows))
         run = train(hyperparameters={"maxSteps": 4}, evaluation={"everySteps": 2})
         assert run.report.evaluation is not None
         assert run.report.evaluation.tuned is not None
         begun = seen.index("Training")
         assert seen[begun : begun + 4] == ["Training", "Evaluating", "measures", "Training"]
+        # The base, in the middle and the end: all tell how far they are, or they would be taken for a hang.
+        assert said.count(max(said)) == seen.count("measures") >= 3
 
 
 class TestBatches:

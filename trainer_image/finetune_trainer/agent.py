@@ -67,6 +67,13 @@ HOLD_SECONDS = 15.0
 """A pod that lost another one waits so long for its own removal, so that the other one is seen to be the cause."""
 ALONE = "Saving"
 """The phase in which the first pod needs no other one."""
+WATCHED = {
+    "Training": "Training made no step",
+    "MeasuringBase": "The evaluation of the base measured no row",
+    "Evaluating": "The evaluation measured no row",
+}
+"""Phases in which a hang shows. Loading and saving have nothing to count; what hangs in them is a disk, or the storage,
+whose client gives up by itself."""
 CONNECTING = "Connecting"
 """The phase in which the training processes look for each other."""
 
@@ -113,9 +120,9 @@ class Agent:
         self._final: Report | None = None
         self._last_message = b""
         self._oom_kills = _oom_kills()
-        self._last_step: tuple[int, str | None] | None = None
-        """The step that was seen last, and its time; None while training does something else."""
-        self._last_step_seen = 0.0
+        self._last_seen: Any = None
+        """How far training was when it was looked at last; None while it does what is not watched."""
+        self._last_seen_at = 0.0
 
     def run(self) -> int:
         """Run the stage; returns the exit code."""
@@ -171,7 +178,7 @@ class Agent:
             # It was asked for while they were launched, when they were not known yet.
             self._signal(signal.SIGTERM)
         cause: Child | None = None
-        stalled = False
+        stalled = ""
         lost = ""
         kill_at: float | None = None
         while any(child.exit_code is None for child in self._children):
@@ -189,9 +196,8 @@ class Agent:
                 elif not (stopped and self._terminating):
                     self._signal(signal.SIGTERM)
                     kill_at = time.monotonic() + PEER_GRACE_SECONDS
-            if not stalled and cause is None and step == "train" and self._is_stalled():
-                stalled = True
-                log.error("no step for %d s; stacks follow", self._document.stall_seconds)
+            if not stalled and cause is None and step == "train" and (stalled := self._stalled()):
+                log.error("%s Stacks follow.", stalled)
                 self._signal(signal.SIGUSR1)  # faulthandler prints the stacks
                 kill_at = time.monotonic() + PEER_GRACE_SECONDS
             if not lost and cause is None and step == "train" and (lost := self._lost_peers() or self._unconnected()):
@@ -206,9 +212,7 @@ class Agent:
             # A grandchild may hold the pipe open for ever.
             child.reader.join(timeout=2)
         if stalled:
-            return self._failure(
-                FailureClass.NO_PROGRESS, f"Training made no step for {self._document.stall_seconds} s.", rank=None
-            )
+            return self._failure(FailureClass.NO_PROGRESS, stalled, rank=None)
         if lost:
             return self._failure(FailureClass.COMMUNICATION, lost, rank=None)
         return self._cause_of(self._root_of(cause)) if cause is not None else None
@@ -270,17 +274,21 @@ class Agent:
         self._signal(signal.SIGTERM)
         self._wake.put(None)
 
-    def _is_stalled(self) -> bool:
-        """Whether training makes no step. Its time begins anew when it comes back from something else, such as saving;
-        and the clock is our own, since that of the node may be set."""
+    def _stalled(self) -> str:
+        """What does not go on though it should; empty when nothing does. The time begins anew when training comes back
+        from something else, such as saving; and the clock is our own, since that of the node may be set."""
         report = self.report()
-        if report.phase != "Training" or report.progress is None:
-            self._last_step = None
-            return False
-        step = (report.progress.step, report.progress.last_step_time)
-        if step != self._last_step:
-            self._last_step, self._last_step_seen = step, time.monotonic()
-        return time.monotonic() - self._last_step_seen > self._document.stall_seconds
+        what = WATCHED.get(report.phase)
+        if what is None:
+            self._last_seen = None
+            return ""
+        step = report.progress and (report.progress.step, report.progress.last_step_time)
+        seen = (report.phase, step, report.measured_rows)
+        if seen != self._last_seen:
+            self._last_seen, self._last_seen_at = seen, time.monotonic()
+        if time.monotonic() - self._last_seen_at <= self._document.stall_seconds:
+            return ""
+        return f"{what} for {self._document.stall_seconds} s."
 
     # Other pods
 

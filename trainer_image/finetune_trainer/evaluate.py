@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,22 @@ BATCH_TOKENS = 2048
 """Padded tokens that are computed at once."""
 
 
-def measure(model: Any, rows: Dataset, world: World, batch_tokens: int = BATCH_TOKENS) -> Measurement | None:
-    """Loss and perplexity of the model on the rows, shared among all processes; None without rows."""
+def unseen(rows: int) -> None:
+    """Nobody wants to know how far an evaluation is."""
+
+
+def measure(
+    model: Any,
+    rows: Dataset,
+    world: World,
+    batch_tokens: int = BATCH_TOKENS,
+    measured: Callable[[int], None] = unseen,
+) -> Measurement | None:
+    """Loss and perplexity of the model on the rows, shared among all processes; None without rows. `measured` is told
+    the number of this process's rows that are done, after each batch."""
     if len(rows) == 0:
         return None
-    total, tokens = 0.0, 0
+    total, tokens, done = 0.0, 0, 0
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -32,6 +43,8 @@ def measure(model: Any, rows: Dataset, world: World, batch_tokens: int = BATCH_T
             batch_total, batch_tokens_seen = _sums(model, batch)
             total += batch_total
             tokens += batch_tokens_seen
+            done += len(batch)
+            measured(done)
     model.train(was_training)
     total, count = world.sum(total, tokens)
     return measurement(total, int(count))

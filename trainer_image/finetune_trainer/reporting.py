@@ -20,6 +20,7 @@ from finetune_api.report import Report, ReportedFailure, decode
 from finetune_api.status import EvaluationResult, Resolved
 
 REPORT_FILE = "report.json"
+MERE_PROGRESS = {"progress", "measured_rows"}
 MIN_INTERVAL = 0.2
 """Seconds between two writes of mere progress."""
 
@@ -77,7 +78,8 @@ class Reporter:
     def phase(self, name: str) -> None:
         """A new phase begins, such as Downloading; the time of the one before is added up."""
         with self._lock:
-            self._report = self._report.model_copy(update={"phase_seconds": self.phase_seconds(), "phase": name})
+            begun = {"phase_seconds": self.phase_seconds(), "phase": name, "measured_rows": None}
+            self._report = self._report.model_copy(update=begun)
             self._phase_started = time.monotonic()
             self._write()
 
@@ -98,11 +100,14 @@ class Reporter:
             before = self._report.evaluation or EvaluationResult()
             self.update(evaluation=before.model_copy(update=fields))
 
+    def measured(self, rows: int) -> None:
+        self.update(measured_rows=rows)
+
     def update(self, **fields: Any) -> None:
         """Replace fields of the report."""
         with self._lock:
             self._report = self._report.model_copy(update=fields)
-            if set(fields) != {"progress"} or time.monotonic() - self._written >= MIN_INTERVAL:
+            if not set(fields) <= MERE_PROGRESS or time.monotonic() - self._written >= MIN_INTERVAL:
                 self._write()
 
     def close(self) -> None:

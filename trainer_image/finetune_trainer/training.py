@@ -199,9 +199,9 @@ class LoopCallback(TrainerCallback):
 
     def _measure(self, model: Any, state: TrainerState) -> None:
         if self._reporter:
-            # Many rows are no hang.
             self._reporter.phase("Evaluating")
-        result = evaluate.measure(model, self._validation, self._world)
+        measured = self._reporter.measured if self._reporter else evaluate.unseen
+        result = evaluate.measure(model, self._validation, self._world, measured=measured)
         if result and self._reporter:
             log.info("step %d: validation loss %s, perplexity %s", state.global_step, result.loss, result.perplexity)
             self._reporter.evaluation(tuned=result)

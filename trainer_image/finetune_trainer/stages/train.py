@@ -143,7 +143,8 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
 
     if reporter:
         reporter.phase("Evaluating")
-    tuned = evaluate.measure(trainer.model, validation_rows, world)
+    measured = reporter.measured if reporter else evaluate.unseen
+    tuned = evaluate.measure(trainer.model, validation_rows, world, measured=measured)
     if reporter:
         reporter.evaluation(tuned=tuned)
         if tuned:
@@ -191,12 +192,13 @@ class _BaseMeasurement:
     def _measure(self, model: Any, rows: Dataset, name: str) -> None:
         if self._reporter:
             self._reporter.phase("MeasuringBase")
-        measured: Measurement | None = evaluate.measure(model, rows, self._world)
-        if measured is None:
+        done = self._reporter.measured if self._reporter else evaluate.unseen
+        result: Measurement | None = evaluate.measure(model, rows, self._world, measured=done)
+        if result is None:
             return
-        self._result = self._result.model_copy(update={name: measured})
+        self._result = self._result.model_copy(update={name: result})
         if self._reporter:
-            log.info("%s: validation perplexity %s", name.replace("_", " "), measured.perplexity)
+            log.info("%s: validation perplexity %s", name.replace("_", " "), result.perplexity)
             self._work.write(layout.BASE_EVALUATION, self._result.model_dump_json(by_alias=True).encode())
             self._report()
 
