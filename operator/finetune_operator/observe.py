@@ -93,6 +93,8 @@ class ChildPod:
     """From its termination message."""
     index: int = 0
     """Which of the attempt's pods it is. The first one speaks for all."""
+    disrupted: bool = False
+    """The cluster took it away, for which its Job ends."""
 
     @property
     def waits(self) -> bool:
@@ -171,10 +173,13 @@ class Observation:
         return next((pod for pod in pods if not pod.finished), pods[-1] if pods else None)
 
     def without_stopped(self) -> Observation:
-        """Without pods that ended as they were told to. A queue may then start the Job again, which makes others."""
-        return replace(
-            self, pods=tuple(pod for pod in self.pods if not (pod.finished and pod.exit_code in STOPPED_CODES))
-        )
+        """Without pods that ended as they were told to. A queue may then start the Job again, which makes others; but
+        not where the cluster took one away, for which the Job controller is about to end the Job."""
+
+        def stopped(pod: ChildPod) -> bool:
+            return pod.finished and pod.exit_code in STOPPED_CODES and not pod.disrupted
+
+        return replace(self, pods=tuple(pod for pod in self.pods if not stopped(pod)))
 
     def pod_named(self, name: str) -> ChildPod | None:
         return next((pod for pod in self.pods if pod.name == name), None)
@@ -309,6 +314,10 @@ def _read_pod(item: dict[str, Any]) -> ChildPod | None:
         oom_killed=bool(ended and ended.get("reason") == "OOMKilled"),
         report=decode(ended.get("message")) if ended else None,
         index=_index(metadata),
+        disrupted=any(
+            condition.get("type") == "DisruptionTarget" and condition.get("status") == "True"
+            for condition in status.get("conditions") or []
+        ),
     )
 
 

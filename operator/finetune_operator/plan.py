@@ -377,6 +377,11 @@ class _Stage:
         attempt = self.draft.status.attempt
         if last is None or last.started is None or attempt is None or attempt.start_time is not None:
             return
+        for past in self.draft.status.history[-1:]:
+            same = (past.stage, past.number) == (attempt.stage, attempt.number)
+            if same and last.started < parse_time(past.end_time):
+                # The queue took this pod away, and its time is counted.
+                return
         started = format_time(last.started)
         nodes = [cut(node, 63) for node in present.nodes_of(self.stage, attempt.number)[:MAX_NODES]]
         self.draft.set(attempt=attempt.model_copy(update={"start_time": started, "nodes": nodes or None}))

@@ -231,6 +231,34 @@ class TestEviction:
         assert [entry["stage"] for entry in story.body["status"]["history"]] == ["prepare", "train"]
         assert story.body["status"]["usage"]["activeSeconds"] == 40, "20 s of each pod"
 
+    def test_a_pod_that_both_took_away_is_counted_once(self) -> None:
+        """The cluster takes the pod, and the queue suspends the Job before its controller has ended it."""
+        story = Story(**QUEUED)
+        story.prepared()
+        story.look([child_job(TRAIN, queue="team-a")], [running_pod(TRAIN)])
+        ended = ended_pod(TRAIN, 1, 75)
+        ended["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]
+        story.look([child_job(TRAIN, queue="team-a", suspended=True)], [ended], after=1)
+        story.look([disrupted(TRAIN, 1, gone=False)], [ended], after=1)
+        assert story.body["status"]["restarts"] == {"charged": 0, "preemptions": 1, "outOfMemory": 0}
+
+    def test_a_pod_that_the_queue_took_away_is_counted_once_when_its_job_goes(self) -> None:
+        """The queue has taken the pod, and before it is admitted again somebody suspends the job."""
+        story = Story(**QUEUED)
+        story.prepared()
+        child = child_job(TRAIN, queue="team-a")
+        story.look([child], [running_pod(TRAIN)])
+        ended = ended_pod(TRAIN, 1, 75)
+        story.look([child_job(TRAIN, queue="team-a", suspended=True)], [ended], after=1)
+        assert story.body["status"]["restarts"]["preemptions"] == 1
+        counted = story.body["status"]["usage"]
+        story.body["spec"]["suspend"] = True
+        story.look([child_job(TRAIN, queue="team-a", suspended=True)], [ended], after=1)
+        story.look([], [ended], after=1)
+        story.look([], [ended], after=1)
+        assert story.condition("Suspended")[0] == "True"
+        assert story.body["status"]["usage"] == counted
+
     @pytest.mark.parametrize(
         "state",
         [None, {"terminated": {"exitCode": 137, "reason": "ContainerStatusUnknown", "startedAt": None}}],
