@@ -44,9 +44,39 @@ class AdapterType(StrEnum):
 class DataFormat(StrEnum):
     AUTO = "Auto"
     CHAT = "Chat"
+    SHAREGPT = "ShareGPT"
     ALPACA = "Alpaca"
     QUESTION_ANSWER = "QuestionAnswer"
+    PROMPT_COMPLETION = "PromptCompletion"
     TEXT = "Text"
+    PREFERENCE = "Preference"
+    UNPAIRED_PREFERENCE = "UnpairedPreference"
+
+
+FORMAT_COLUMNS = {
+    DataFormat.CHAT: ("messages", "system", "tools"),
+    DataFormat.SHAREGPT: ("messages", "system", "tools"),
+    DataFormat.ALPACA: ("prompt", "completion", "input", "system"),
+    DataFormat.QUESTION_ANSWER: ("prompt", "completion", "input", "system"),
+    DataFormat.PROMPT_COMPLETION: ("prompt", "completion", "input", "system", "tools"),
+    DataFormat.TEXT: ("text",),
+    DataFormat.PREFERENCE: ("messages", "prompt", "input", "system", "tools", "chosen", "rejected"),
+    DataFormat.UNPAIRED_PREFERENCE: ("messages", "prompt", "completion", "input", "system", "tools", "label"),
+}
+"""The columns that a format has."""
+
+
+class Supervised(StrEnum):
+    ASSISTANT_TURNS = "AssistantTurns"
+    LAST_TURN = "LastTurn"
+    ALL = "All"
+
+
+class OverlongPolicy(StrEnum):
+    FAIL = "Fail"
+    DROP = "Drop"
+    TRUNCATE = "Truncate"
+    SPLIT = "Split"
 
 
 class RowPolicy(StrEnum):
@@ -183,36 +213,55 @@ class DataFile(ApiModel):
 
 
 class Columns(ApiModel):
-    """Names of the columns, where they are not the usual ones. Names exactly one of messages, text, or prompt with
-    completion."""
+    """Names of the columns, where they are not the usual ones of the format."""
 
     model_config = validations(
         (
-            "(has(self.messages) ? 1 : 0) + (has(self.text) ? 1 : 0) + (has(self.prompt) ? 1 : 0) == 1",
-            "columns must name exactly one of messages, text, or prompt (with completion)",
-        ),
-        (
-            "has(self.prompt) == has(self.completion)",
-            "prompt and completion belong together: name both columns or neither",
-        ),
-        (
-            "!(has(self.system) || has(self.input)) || has(self.prompt)",
-            "system and input columns are only used together with prompt and completion",
+            "!(has(self.messages) && has(self.prompt))",
+            "messages and prompt are two ways to give the prompt: name one of them",
         ),
     )
 
     messages: ColumnName | None = None
-    """Column with the list of chat messages ({"role", "content"} objects)."""
+    """Column with the list of messages: {"role", "content"} objects, or {"from", "value"}."""
     text: ColumnName | None = None
-    """Column with plain text; every token is learnt."""
+    """Column with plain text."""
     prompt: ColumnName | None = None
     """Column with what the user says (Alpaca: instruction; QuestionAnswer: question)."""
     completion: ColumnName | None = None
-    """Column with the answer to be learnt (Alpaca: output; QuestionAnswer: answer)."""
+    """Column with the answer (Alpaca: output; QuestionAnswer: answer)."""
     input: ColumnName | None = None
     """Column with context that is appended to the prompt after a blank line (Alpaca: input)."""
     system: ColumnName | None = None
     """Column with the system message of the row."""
+    tools: ColumnName | None = None
+    """Column with the tools that the assistant may call: a list, or JSON text of it."""
+    chosen: ColumnName | None = None
+    """Column with the better answer."""
+    rejected: ColumnName | None = None
+    """Column with the worse answer."""
+    label: ColumnName | None = None
+    """Column that says whether the answer is wanted: true or false."""
+
+
+def _column_rules(field: str) -> list[tuple[str, str]]:
+    """CEL rules of an object with format and columns."""
+    rules = [
+        (
+            "!has(self.columns) || (has(self.format) && self.format != 'Auto')",
+            f"columns needs a named format: set {field}",
+        )
+    ]
+    for name, columns in FORMAT_COLUMNS.items():
+        others = [column for column in Columns.model_fields if column not in columns]
+        named = " || ".join(f"has(self.columns.{column})" for column in others)
+        rules.append(
+            (
+                f"!has(self.columns) || !has(self.format) || self.format != '{name}' || !({named})",
+                f"a row of format {name} has the columns {', '.join(columns)}: remove the others from columns",
+            )
+        )
+    return rules
 
 
 class InvalidRows(ApiModel):
@@ -232,18 +281,7 @@ class Dataset(ApiModel):
             "!(has(self.validation) && has(self.validationSplit))",
             "set validation (files) or validationSplit (a fraction of train), not both",
         ),
-        (
-            "!has(self.columns) || self.format != 'Auto'",
-            "columns needs a named format: set dataset.format to Chat, Alpaca, QuestionAnswer or Text",
-        ),
-        (
-            "!has(self.columns) || self.format == 'Auto' || (self.format == 'Chat') == has(self.columns.messages)",
-            "format Chat goes with columns.messages, and columns.messages with format Chat",
-        ),
-        (
-            "!has(self.columns) || self.format == 'Auto' || (self.format == 'Text') == has(self.columns.text)",
-            "format Text goes with columns.text, and columns.text with format Text",
-        ),
+        *_column_rules("dataset.format"),
     )
 
     train: Annotated[list[DataFile], Field(min_length=1, max_length=64)]
@@ -254,12 +292,22 @@ class Dataset(ApiModel):
     """Fraction of the train rows that is held out instead of validation files, as a decimal string. When neither is
     set, 5% (at most 200 rows) are held out of 40 or more train rows; "0" holds out nothing."""
     format: DataFormat = DataFormat.AUTO
-    """Shape of a row. Auto looks at the first row of each file: Chat has messages, Alpaca has instruction and output,
-    QuestionAnswer has question and answer, Text has text."""
+    """Shape of a row. Auto looks at the first row of each file: Chat has messages, ShareGPT has conversations, Alpaca
+    has instruction and output, QuestionAnswer has question and answer, PromptCompletion has prompt and completion, Text
+    has text, Preference has chosen and rejected, UnpairedPreference has completion and label."""
     columns: Columns | None = None
-    """Names of the columns, where they are not the usual ones."""
+    """Names of the columns, where they are not the usual ones of the format."""
+    supervised: Supervised = Supervised.ASSISTANT_TURNS
+    """What is learnt of a conversation: the text of all assistant turns, of the last one only, or every token. Of Text
+    every token is learnt."""
+    supervised_reasoning: Literal["Enabled", "Disabled"] = "Enabled"
+    """Whether the reasoning of assistant turns is learnt. Disabled: the model sees it and learns the answer alone."""
     max_length: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
-    """Longest row in tokens. A longer row is an invalid row; nothing is cut silently."""
+    """Longest row in tokens."""
+    overlong: OverlongPolicy = OverlongPolicy.FAIL
+    """What happens to a longer row. Fail: it is an invalid row. Drop leaves it out. Truncate cuts off its end. Split
+    makes several rows of it: of plain text pieces of maxLength tokens, of a conversation rows of whole turns, each with
+    the system message. All of it is counted in the report."""
     invalid_rows: InvalidRows = InvalidRows()
     """What happens to a row that cannot be used."""
 

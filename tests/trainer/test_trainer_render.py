@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel
+from trainer_rendering import STOP, TEMPLATES, conversation, rows_of, speaker, supervised, with_template
 from transformers import GenerationConfig
 
 from finetune_api.failures import FailureClass, JobError
-from finetune_trainer.data.formats import Conversation, Message, Text
-from finetune_trainer.data.render import IGNORED, Renderer, TokenRow
+from finetune_trainer.data.examples import Text
+from finetune_trainer.data.render import IGNORED, Renderer, Rules
 from finetune_trainer.data.rows import RowError
-
-STOP = "<|im_end|>"
-
-
-def conversation(*turns: str, learnt: tuple[bool, ...] = (), system: str | None = None) -> Conversation:
-    """User and assistant by turns. `learnt` says it of each answer."""
-    weights = iter(learnt or [True] * len(turns))
-    messages = [
-        Message("user", text) if number % 2 == 0 else Message("assistant", text, next(weights))
-        for number, text in enumerate(turns)
-    ]
-    return Conversation(tuple([Message("system", system)] if system else []) + tuple(messages))
-
-
-def rows_of(tokenizer: Any, example: Conversation | Text, max_length: int = 4096) -> list[TokenRow]:
-    return list(Renderer(tokenizer, None, max_length).rows(example))
-
-
-def supervised(tokenizer: Any, row: TokenRow) -> str:
-    text: str = tokenizer.decode([label for label in row.labels if label != IGNORED])
-    return text
-
-
-def with_template(tokenizer: Any, template: str, **specials: str) -> Any:
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = template
-    if specials:
-        changed.add_special_tokens(specials)
-    return changed
 
 
 class TestLabels:
@@ -109,7 +79,7 @@ class TestLabels:
         assert "could not learn to stop" in caught.value.message
         assert "Set eos_token_id in the model's generation_config.json" in caught.value.message
         end = changed.convert_tokens_to_ids("<|endoftext|>")
-        renderer = Renderer(changed, GenerationConfig(eos_token_id=[end, 7]), 512)
+        renderer = Renderer(changed, GenerationConfig(eos_token_id=[end, 7]), Rules(512))
         (row,) = renderer.rows(conversation("Hi", "Hello"))
         assert supervised(changed, row) == "Hello<|endoftext|>"
         assert renderer.stop_ids == sorted({end, 7, changed.eos_token_id})
@@ -119,7 +89,7 @@ class TestLabels:
         template = tokenizer.chat_template + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
         changed = with_template(tokenizer, template)
         end = changed.convert_tokens_to_ids("<|endoftext|>")
-        (row,) = Renderer(changed, GenerationConfig(eos_token_id=end), 512).rows(conversation("Hi", "Hello\n"))
+        (row,) = Renderer(changed, GenerationConfig(eos_token_id=end), Rules(512)).rows(conversation("Hi", "Hello\n"))
         assert supervised(changed, row) == f"Hello\n{STOP}"
 
     def test_a_stop_token_within_an_answer_is_learnt(self, tokenizer: Any) -> None:
@@ -173,18 +143,18 @@ REWRITING = (
 class TestUnstableTemplates:
     def test_a_conversation_becomes_one_row_for_each_answer(self, tokenizer: Any) -> None:
         changed = with_template(tokenizer, REWRITING)
-        renderer = Renderer(changed, None, 512)
+        renderer = Renderer(changed, None, Rules(512))
         rows = list(renderer.rows(conversation("Hi", "Hello", "More?", "No")))
         assert [supervised(changed, row) for row in rows] == [f"Hello{STOP}", f"No{STOP}"]
         # Each is rendered as at inference.
         assert changed.decode(rows[0].input_ids) == f"<|im_start|>user\nHi{STOP}\n<|im_start|>assistant\nHello{STOP}\n"
         assert "[short]" in changed.decode(rows[1].input_ids)
-        assert renderer.split_conversations == 1
+        assert renderer.counts.split_conversations == 1
 
     def test_a_stable_conversation_stays_whole(self, tokenizer: Any) -> None:
-        renderer = Renderer(with_template(tokenizer, REWRITING), None, 512)
+        renderer = Renderer(with_template(tokenizer, REWRITING), None, Rules(512))
         assert len(list(renderer.rows(conversation("Hi", "Hello")))) == 1
-        assert renderer.split_conversations == 0
+        assert renderer.counts.split_conversations == 0
 
     def test_weight_zero_makes_no_row(self, tokenizer: Any) -> None:
         changed = with_template(tokenizer, REWRITING)
@@ -266,14 +236,12 @@ def test_a_slow_tokenizer_is_refused() -> None:
         is_fast = False
 
     with pytest.raises(JobError, match=r"has no tokenizer\.json") as caught:
-        Renderer(Slow(), None, 512)  # type: ignore[arg-type]
+        Renderer(Slow(), None, Rules(512))  # type: ignore[arg-type]
     assert caught.value.failure_class is FailureClass.MODEL_ERROR
 
 
 # The templates of real models, as TRL ships them.
 
-TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
-SPECIAL = re.compile(r"<[|｜][^<>'\"{}\s]{1,40}[|｜]>|<(?:start_of_turn|end_of_turn|turn\||\|turn)>|\[/?INST\]|</?s>")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 PREAMBLES = {
     "glm4moe_training": "\n<think></think>\n",
@@ -291,6 +259,7 @@ PREAMBLES = {
 """What a template itself puts before an answer, behind the prompt that it makes at inference: it is learnt, too."""
 HIDES = "hides where the answer begins"
 NO_STOP = "could not learn to stop"
+LEFT_OUT = r"has a message of the (user|system) that the model.s chat template leaves out"
 NEEDS_PARTS = "is refused by the model's chat template"
 REFUSED = {
     **dict.fromkeys(
@@ -306,7 +275,7 @@ REFUSED = {
     ),
     "glm4moe": NO_STOP,
     # Image models whose templates want content in parts.
-    **dict.fromkeys(("idefics3", "idefics3_training", "smolvlm", "smolvlm_training"), NO_STOP),
+    **dict.fromkeys(("idefics3", "idefics3_training", "smolvlm", "smolvlm_training"), LEFT_OUT),
     **dict.fromkeys(("llava_next", "llava_next_training"), NEEDS_PARTS),
 }
 """Templates that cannot be used, and what is said then."""
@@ -320,44 +289,23 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module")
 def speaker_of(tokenizer: Any) -> Callable[[Path], Any]:
-    """The tiny tokenizer made to speak a template: its control tokens are special tokens, its stop token the stop."""
-
-    def make(path: Path) -> Any:
-        template = path.read_text()
-        changed = copy.deepcopy(tokenizer)
-        changed.add_tokens(sorted(set(SPECIAL.findall(template))), special_tokens=True)
-        changed.bos_token = "<|endoftext|>"
-        changed.chat_template = template
-        try:
-            text = str(
-                changed.apply_chat_template(
-                    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], tokenize=False
-                )
-            )
-        except Exception:
-            return changed
-        stop = SPECIAL.search(text, text.rfind("Hello"))
-        if stop and "Hello" in text:
-            changed.eos_token = stop[0]
-        return changed
-
-    return make
+    return lambda path: speaker(tokenizer, path)
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_of_real_models(path: Path, speaker_of: Callable[[Path], Any]) -> None:
-    speaker = speaker_of(path)
+    speaks = speaker_of(path)
     for name, example in CONVERSATIONS.items():
         if path.stem in REFUSED or (path.stem in NO_SYSTEM and name == "system"):
             with pytest.raises((RowError, JobError), match=REFUSED.get(path.stem, "System role not supported")):
-                rows_of(speaker, example)
+                rows_of(speaks, example)
             continue
-        rows = rows_of(speaker, example)
+        rows = rows_of(speaks, example)
         answers = [message.content for message in example.messages if message.role == "assistant"]
         assert len(rows) in (1, len(answers)), name
-        learnt = "".join(supervised(speaker, row) for row in rows)
+        learnt = "".join(supervised(speaks, row) for row in rows)
         preamble = PREAMBLES.get(path.stem, "")
-        assert learnt == "".join(f"{preamble}{answer}{speaker.eos_token}" for answer in answers), name
+        assert learnt == "".join(f"{preamble}{answer}{speaks.eos_token}" for answer in answers), name
 
 
 def test_the_templates_are_there() -> None:

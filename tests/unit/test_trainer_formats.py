@@ -9,12 +9,14 @@ import pytest
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import Columns, DataFormat
-from finetune_trainer.data.formats import Conversation, Message, RowFormat, Text, row_format
+from finetune_trainer.data.examples import Conversation, Message, Text
+from finetune_trainer.data.formats import RowFormat, row_format
 from finetune_trainer.data.rows import Row, RowError
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 CONTENT = "the content of a row"
+ROLE = "has a message whose role is none of system, user, assistant and tool"
 
 
 def row(value: dict[str, Any]) -> Row:
@@ -109,7 +111,7 @@ class TestPromptAndCompletion:
             ({"question": CONTENT, "answer": None}, "has no 'answer'"),
             ({"question": "", "answer": CONTENT}, "'question' is empty"),
             ({"question": CONTENT, "answer": 4}, "'answer' is not a string"),
-            ({"question": [CONTENT], "answer": "x"}, "'question' is not a string"),
+            ({"question": [CONTENT], "answer": "x"}, "has a message that is not an object"),
             ({"answer": CONTENT}, "has no 'question'"),
             ({"question": "\ud83d", "answer": "x"}, "has text with half a surrogate pair, which is no character"),
         ],
@@ -168,33 +170,51 @@ class TestChat:
             (chat(USER, {**ANSWER, "weight": CONTENT}), "has a message whose weight is neither 0 nor 1"),
             (chat(USER, CONTENT), "has a message that is not an object"),
             (chat(USER, None), "has a message that is not an object"),
-            (
-                chat({"role": "tool", "content": CONTENT}, ANSWER),
-                "has a message whose role is none of system, user and assistant",
-            ),
-            (chat({"content": CONTENT}, ANSWER), "has a message whose role is none of system, user and assistant"),
-            (
-                chat({"role": [], "content": ""}, ANSWER),
-                "has a message whose role is none of system, user and assistant",
-            ),
+            (chat({"role": CONTENT, "content": "x"}, ANSWER), ROLE),
+            (chat({"role": "tool", "content": CONTENT}, ANSWER), "does not begin with a user turn"),
+            (chat({"content": CONTENT}, ANSWER), ROLE),
+            (chat({"role": [], "content": ""}, ANSWER), ROLE),
             (
                 chat({"role": "user", "content": None}, ANSWER),
                 "has a message of the user whose content is not a string",
             ),
             (
-                chat({"role": "user", "content": [{"type": "text", "text": CONTENT}]}, ANSWER),
-                "has a message of the user whose content is not a string",
+                chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": CONTENT}}]}, ANSWER),
+                "has a message of the user with a part that is no text, such as an image",
             ),
             (chat(USER, {"role": "assistant", "content": " "}), "has a message of the assistant without content"),
             (
                 chat(USER, {"role": "assistant", "content": "cut emoji \ud83d"}),
                 "has text with half a surrogate pair, which is no character",
             ),
-            (chat(USER, {**ANSWER, "tool_calls": [{"id": CONTENT}]}), "has tool calls, which are not supported yet"),
-            (chat(USER, {**ANSWER, "function_call": {"name": CONTENT}}), "has tool calls, which are not supported yet"),
-            (chat(USER, ANSWER, tools=[{"name": CONTENT}]), "has tools, which are not supported yet"),
-            (chat(USER, ANSWER, functions=[{"name": CONTENT}]), "has tools, which are not supported yet"),
-            (chat(USER, {**ANSWER, "thinking": CONTENT}), "has a message with the unknown key 'thinking'"),
+            (chat(USER, {**ANSWER, "tool_calls": [{"id": CONTENT}]}), "has a tool call without the name of a tool"),
+            (chat(USER, {**ANSWER, "tool_calls": CONTENT}), "has tool_calls that are not a list"),
+            (chat({**USER, "tool_calls": [{"name": CONTENT}]}, ANSWER), "has a message of the user that calls tools"),
+            (
+                chat(USER, {**ANSWER, "function_call": {"name": CONTENT, "arguments": "{"}}),
+                "has a tool call whose arguments are not JSON",
+            ),
+            (
+                chat(USER, {**ANSWER, "function_call": {"name": CONTENT, "arguments": "[1]"}}),
+                "has a tool call whose arguments are not an object",
+            ),
+            (
+                chat(USER, {"role": "tool", "content": CONTENT}, ANSWER),
+                "has a tool's answer that no tool call asked for",
+            ),
+            (chat(USER, ANSWER, tools=CONTENT), "has tools that are not JSON"),
+            (chat(USER, ANSWER, tools={"name": CONTENT}), "has tools that are not a list of objects"),
+            (chat(USER, ANSWER, tools=[{"type": "function", "function": {}}]), "has a tool without a name"),
+            (chat(USER, ANSWER, functions=[{"description": CONTENT}]), "has a tool without a name"),
+            (
+                chat(USER, {**ANSWER, "reasoning": [CONTENT]}),
+                "has a message with reasoning that is not one string",
+            ),
+            (
+                chat(USER, {**ANSWER, "reasoning": CONTENT, "thinking": "other"}),
+                "has a message with reasoning that is not one string",
+            ),
+            (chat(USER, {**ANSWER, "mood": CONTENT}), "has a message with the unknown key 'mood'"),
         ],
     )
     def test_refuses(self, value: dict[str, Any], expected: str) -> None:

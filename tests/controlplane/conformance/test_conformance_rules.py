@@ -14,6 +14,7 @@ from conftest import TestServer
 from objects import manifest
 
 from finetune_api import crd
+from finetune_api.spec import FORMAT_COLUMNS, Columns
 from finetune_operator.schema import StructuralSchema
 
 NOT_CHECKED = (
@@ -237,6 +238,11 @@ NEIGHBOURS = tuple(
     for place in (f"{_REQUIRED}[0]", f"{_PREFERRED}[0].podAffinityTerm")
 )
 
+WRONG_COLUMNS = [
+    {"format": str(name), "columns": {next(column for column in Columns.model_fields if column not in columns): "c"}}
+    for name, columns in FORMAT_COLUMNS.items()
+]
+
 # For each rule of the CRD at least one spec that breaks it, and where the server says so.
 BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.model.uri", {"model": {"uri": "ftp://x"}}),
@@ -250,12 +256,12 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.dataset.validation[0].uri", {"dataset": {**TRAIN, "validation": [{"uri": "hf://x/y"}]}}),
     ("spec.dataset", {"dataset": {**TRAIN, "validation": TRAIN["train"], "validationSplit": "0.1"}}),
     ("spec.dataset", {"dataset": {**TRAIN, "columns": {"text": "t"}}}),
-    ("spec.dataset", {"dataset": {**TRAIN, "format": "Chat", "columns": {"text": "t"}}}),
-    ("spec.dataset", {"dataset": {**TRAIN, "format": "Text", "columns": {"messages": "m"}}}),
     ("spec.dataset.validationSplit", {"dataset": {**TRAIN, "validationSplit": "1.5"}}),
-    ("spec.dataset.columns", {"dataset": {**TRAIN, "format": "Text", "columns": {"text": "t", "messages": "m"}}}),
-    ("spec.dataset.columns", {"dataset": {**TRAIN, "format": "Alpaca", "columns": {"prompt": "p"}}}),
-    ("spec.dataset.columns", {"dataset": {**TRAIN, "format": "Text", "columns": {"text": "t", "system": "s"}}}),
+    *(("spec.dataset", {"dataset": {**TRAIN, **wrong}}) for wrong in WRONG_COLUMNS),
+    (
+        "spec.dataset.columns",
+        {"dataset": {**TRAIN, "format": "Preference", "columns": {"messages": "m", "prompt": "p"}}},
+    ),
     ("spec.method.adapter", {"method": {"adapter": {**LORA, "quantization": {}}}}),
     ("spec.method.adapter", {"method": {"adapter": {"type": "Full", "lora": {}}}}),
     ("spec.method.adapter.lora.dropout", {"method": {"adapter": {"lora": {"dropout": "2"}}}}),

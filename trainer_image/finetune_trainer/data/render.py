@@ -7,21 +7,24 @@ generation ends at the stop token.
 
 Some templates are not prefix-stable for some chats: they rewrite earlier turns (drop reasoning, move the system
 message). Such a conversation becomes one row for each assistant turn, rendered exactly as at inference.
+
+What a template leaves out would be lost without a word, so that such a row is refused.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.failures import FailureClass, JobError
-from finetune_trainer.data.formats import Conversation, Example, Message, Text
+from finetune_api.spec import OverlongPolicy, Supervised
+from finetune_trainer.data.examples import Conversation, Message, Text
 from finetune_trainer.data.rows import RowError
 
 IGNORED = -100
@@ -39,17 +42,50 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What of the dataset's settings decides the tokens and labels of a row."""
+
+    max_length: int
+    overlong: OverlongPolicy = OverlongPolicy.FAIL
+    supervised: Supervised = Supervised.ASSISTANT_TURNS
+    reasoning: bool = True
+    """Whether it is learnt."""
+
+
+@dataclass
+class Counts:
+    """What was done to rows beside rendering them."""
+
+    split_conversations: int = 0
+    """Conversations that became one row per assistant turn, because the template rewrites earlier turns."""
+    overlong: int = 0
+    """Examples that were longer than allowed."""
+    dropped: int = 0
+    """Examples, or turns of them, that were left out because they were too long."""
+    truncated: int = 0
+    """Rows that were cut."""
+    truncated_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class _Span:
     start: int
     end: int
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    spans: list[_Span]
+    """What is learnt of it."""
+    unlearnt: list[_Span] = field(default_factory=list)
+    """What is not, within those."""
+
+
 class Renderer:
     """Turns examples into token rows for one tokenizer."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, max_length: int
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, rules: Rules) -> None:
         if not tokenizer.is_fast:
             raise JobError(
                 FailureClass.MODEL_ERROR,
@@ -58,30 +94,42 @@ class Renderer:
             )
         self._tokenizer = tokenizer
         self._template = _dated(tokenizer.get_chat_template()) if tokenizer.chat_template else None
-        self._max_length = max_length
+        self._rules = rules
         self._stop_ids = _stop_ids(tokenizer, generation)
-        self.split_conversations = 0
-        """Conversations that became one row per assistant turn."""
+        self.counts = Counts()
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an assistant turn; generation_config must name them."""
         return sorted(self._stop_ids)
 
-    def rows(self, example: Example) -> Iterator[TokenRow]:
-        """The token rows of one example; most have one.
+    def rows(self, example: Conversation | Text) -> list[TokenRow]:
+        """The token rows of one example; most have one, and one that was dropped for its length has none.
 
         Raises:
             RowError: the example cannot be used.
             JobError: ModelError, when the model cannot be used with any such example.
         """
-        if isinstance(example, Text):
-            yield self._text_row(example)
-            return
-        for text, spans in self._rendered(example):
-            yield self._labelled(text, spans)
+        rows = list(self._text_rows(example) if isinstance(example, Text) else self._turn_rows(example))
+        self.counts.split_conversations += len(rows) > 1
+        # The first token is predicted from nothing, so that a label on it teaches nothing.
+        if any(all(label == IGNORED for label in row.labels[1:]) for row in rows):
+            raise RowError("has no token to learn")
+        if all(len(row.input_ids) <= self._rules.max_length for row in rows):
+            return rows
+        if self._rules.overlong is OverlongPolicy.FAIL:
+            raise RowError(f"is longer than {self._rules.max_length} tokens (dataset.maxLength)")
+        self.counts.overlong += 1
+        if self._rules.overlong is OverlongPolicy.TRUNCATE:
+            return [cut for row in rows if (cut := self._truncated(row))]
+        if self._rules.overlong is OverlongPolicy.SPLIT:
+            return list(self._pieces(rows[0]) if isinstance(example, Text) else self._by_turns(example))
+        self.counts.dropped += 1
+        return []
 
-    def _text_row(self, example: Text) -> TokenRow:
+    # Text
+
+    def _text_rows(self, example: Text) -> Iterator[TokenRow]:
         ids = list(self._tokenizer(example.text)["input_ids"])
         if self._tokenizer.eos_token_id is None:
             raise JobError(FailureClass.MODEL_ERROR, "The tokenizer has no eos_token, so that no text could end.")
@@ -90,34 +138,69 @@ class Renderer:
         labels = list(ids)
         if ids[0] == self._tokenizer.bos_token_id and len(ids) > 1:
             labels[0] = IGNORED
-        return self._checked(TokenRow(ids, labels))
+        yield TokenRow(ids, labels)
 
-    def _rendered(self, conversation: Conversation) -> Iterator[tuple[str, list[_Span]]]:
-        """Rendered texts with the character spans of the assistant turns that are learnt."""
+    # Conversations
+
+    def _turn_rows(self, conversation: Conversation) -> Iterator[TokenRow]:
+        for rendered in self._rendered(conversation):
+            yield self._labelled(rendered)
+
+    def _rendered(self, conversation: Conversation) -> Iterator[_Rendered]:
+        """Rendered texts with the character spans of what is learnt."""
         messages = conversation.messages
-        learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
-        whole = self._render(messages)
-        spans = [self._span(whole, messages, turn) for turn in learnt]
-        if all(spans):
-            yield whole, [span for span in spans if span]
+        if self._rules.supervised is Supervised.ALL:
+            text = self._render(messages, conversation.tools)
+            _require_all(text, conversation)
+            yield _Rendered(text, [_Span(0, len(text))])
             return
-        self.split_conversations += 1
+        learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
+        if self._rules.supervised is Supervised.LAST_TURN:
+            learnt = learnt[-1:]
+        whole = self._render(messages, conversation.tools)
+        _require_all(whole, conversation)
+        spans = [self._span(whole, conversation, turn) for turn in learnt]
+        if all(spans):
+            # Text behind the last turn that is learnt (weights) is context of nothing, and stays as it was written.
+            found = [span for span in spans if span]
+            yield self._with_reasoning(whole, found, [messages[turn] for turn in learnt])
+            return
         for turn in learnt:
-            text = self._render(messages[: turn + 1])
-            span = self._span(text, messages[: turn + 1], turn)
+            text = self._render(messages[: turn + 1], conversation.tools)
+            span = self._span(text, conversation, turn)
             if span is None:
                 raise RowError("is rendered by the chat template in a way that hides where the answer begins")
-            yield text, [span]
+            yield self._with_reasoning(text, [span], [messages[turn]])
 
-    def _span(self, text: str, messages: tuple[Message, ...], turn: int) -> _Span | None:
+    def _with_reasoning(self, text: str, spans: list[_Span], turns: Sequence[Message]) -> _Rendered:
+        """
+        Raises:
+            RowError: the template leaves a turn's reasoning or tool calls out.
+        """
+        unlearnt = []
+        for span, message in zip(spans, turns, strict=True):
+            said = text[span.start : span.end]
+            if any(call.name not in said for call in message.tool_calls):
+                raise RowError("has tool calls, which the model's chat template leaves out")
+            if not message.reasoning:
+                continue
+            thought = message.reasoning.strip()
+            if thought not in said:
+                raise RowError("has reasoning, which the model's chat template leaves out")
+            if not self._rules.reasoning:
+                unlearnt.append(_Span(span.start, span.start + said.index(thought) + len(thought)))
+        return _Rendered(text, spans, unlearnt)
+
+    def _span(self, text: str, conversation: Conversation, turn: int) -> _Span | None:
         """Where the turn's answer is in `text`; None when the template rewrote what came before it."""
-        before = self._render(messages[:turn], add_generation_prompt=True)
-        after = self._render(messages[: turn + 1])
+        messages, tools = conversation.messages, conversation.tools
+        before = self._render(messages[:turn], tools, add_generation_prompt=True)
+        after = self._render(messages[: turn + 1], tools)
         if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
             return None
         return _Span(len(before), len(after))
 
-    def _render(self, messages: tuple[Message, ...], *, add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], tools: str, *, add_generation_prompt: bool = False) -> str:
         if self._template is None:
             raise JobError(
                 FailureClass.MODEL_ERROR,
@@ -126,25 +209,28 @@ class Renderer:
             )
         try:
             text = self._tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
+                [message.to_template() for message in messages],
                 chat_template=self._template,
+                tools=json.loads(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise RowError(f"is refused by the model's chat template ({error})") from error
         return str(text)
 
-    def _labelled(self, text: str, spans: list[_Span]) -> TokenRow:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    def _labelled(self, rendered: _Rendered) -> TokenRow:
+        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        if self._rules.supervised is Supervised.ALL:
+            return TokenRow(ids, [IGNORED if i == 0 else token for i, token in enumerate(ids)])
         labels = [IGNORED] * len(ids)
-        for span in spans:
+        for span in rendered.spans:
             inside = [i for i, (start, end) in enumerate(offsets) if span.start <= start < span.end and end > start]
             # Some tokenizers give a token of spaces no width, and so no place: it lies between those that have one.
             inside = list(range(inside[0], inside[-1] + 1)) if inside else []
-            stop = self._stop(text, ids, offsets, inside)
+            stop = self._stop(rendered.text, ids, offsets, inside)
             if stop is None:
                 raise JobError(
                     FailureClass.MODEL_ERROR,
@@ -155,7 +241,11 @@ class Renderer:
             for i in inside:
                 if i <= stop:
                     labels[i] = ids[i]
-        return self._checked(TokenRow(ids, labels))
+        for span in rendered.unlearnt:
+            for i, (start, _) in enumerate(offsets):
+                if span.start <= start < span.end:
+                    labels[i] = IGNORED
+        return TokenRow(ids, labels)
 
     def _stop(self, text: str, ids: list[int], offsets: list[tuple[int, int]], inside: list[int]) -> int | None:
         """The stop token at the end of a turn. Some templates write another one behind it (Phi 3 ends a turn, and then
@@ -168,13 +258,81 @@ class Renderer:
                 break
         return stop
 
-    def _checked(self, row: TokenRow) -> TokenRow:
-        if len(row.input_ids) > self._max_length:
-            raise RowError(f"is longer than {self._max_length} tokens (dataset.maxLength)")
-        # The first token is predicted from nothing, so that a label on it teaches nothing.
-        if all(label == IGNORED for label in row.labels[1:]):
-            raise RowError("has no token to learn")
-        return row
+    # Rows that are too long
+
+    def _truncated(self, row: TokenRow) -> TokenRow | None:
+        """The beginning of a row; None when nothing in it is learnt."""
+        length = self._rules.max_length
+        if len(row.input_ids) <= length:
+            return row
+        cut = TokenRow(row.input_ids[:length], row.labels[:length])
+        if all(label == IGNORED for label in cut.labels[1:]):
+            self.counts.dropped += 1
+            return None
+        self.counts.truncated += 1
+        self.counts.truncated_tokens += len(row.input_ids) - length
+        return cut
+
+    def _pieces(self, row: TokenRow) -> Iterator[TokenRow]:
+        """Plain text in pieces, each token in one of them; each begins as the whole did."""
+        head = 1 if row.labels[0] == IGNORED else 0
+        length = self._rules.max_length - head
+        for start in range(head, len(row.input_ids), length):
+            ids = row.input_ids[start : start + length]
+            if len(ids) + head < 2:
+                # One token alone has nothing to be predicted from.
+                self.counts.dropped += 1
+                continue
+            yield TokenRow([*row.input_ids[:head], *ids], [*row.labels[:head], *row.labels[start : start + length]])
+
+    def _by_turns(self, conversation: Conversation) -> Iterator[TokenRow]:
+        """Rows of as many whole turns as there is room for, each with the system message before them."""
+        messages = conversation.messages
+        system = messages[:1] if messages[0].role == "system" else ()
+        turns: list[tuple[Message, ...]] = []
+        for message in messages[len(system) :]:
+            if message.role == "user":
+                turns.append(())
+            turns[-1] = (*turns[-1], message)
+        start = 0
+        while start < len(turns):
+            fitting: list[TokenRow] = []
+            end = start
+            while end < len(turns):
+                rows = self._fitting(conversation, (*system, *(m for turn in turns[start : end + 1] for m in turn)))
+                if rows is None:
+                    break
+                fitting, end = rows, end + 1
+            if end == start:
+                self.counts.dropped += 1
+                end += 1
+            yield from fitting
+            start = end
+
+    def _fitting(self, conversation: Conversation, messages: tuple[Message, ...]) -> list[TokenRow] | None:
+        """The rows of a part of a conversation; None when one is too long. A part in which nothing is learnt has
+        none."""
+        if not any(message.learnt for message in messages if message.role == "assistant"):
+            return []
+        rows = list(self._turn_rows(Conversation(messages, conversation.tools)))
+        if any(len(row.input_ids) > self._rules.max_length for row in rows):
+            return None
+        return [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+
+
+def _require_all(text: str, conversation: Conversation) -> None:
+    """
+    Raises:
+        RowError: the template leaves out what somebody said.
+    """
+    if conversation.tools:
+        names = [tool["function"]["name"] for tool in json.loads(conversation.tools)]
+        if any(name not in text for name in names):
+            raise RowError("has tools, which the model's chat template leaves out")
+    for message in conversation.messages:
+        # What the assistant thought in earlier turns is left out on purpose, and tools' answers are often reformatted.
+        if message.role in ("system", "user") and message.content.strip() not in text:
+            raise RowError(f"has a message of the {message.role} that the model's chat template leaves out")
 
 
 def _dated(template: str) -> str:

@@ -22,9 +22,10 @@ from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import prepared
+from finetune_trainer.data.examples import Judged, Preference
 from finetune_trainer.data.formats import RowFormat, row_format
 from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
-from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, TokenRow
+from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, Rules, TokenRow
 from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.manifest import find_published, report_published, require_free
@@ -167,7 +168,7 @@ def _prepare(
             train_sources=train_sources,
             validation_sources=validation_sources,
             skipped_rows=rows.problems.count,
-            split_conversations=renderer.split_conversations,
+            split_conversations=renderer.counts.split_conversations,
             template_date=TEMPLATE_DATE.date().isoformat(),
             train=_store(work, train, train_path),
             validation=_store(work, validation, validation_path),
@@ -215,7 +216,13 @@ def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
     has_generation = (folder / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(folder) if has_generation else None
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or dataset.max_length
-    return Renderer(tokenizer, generation, min(dataset.max_length, context))
+    rules = Rules(
+        min(dataset.max_length, context),
+        dataset.overlong,
+        dataset.supervised,
+        reasoning=dataset.supervised_reasoning == "Enabled",
+    )
+    return Renderer(tokenizer, generation, rules)
 
 
 class _Rows:
@@ -246,7 +253,10 @@ class _Rows:
 
     def _rows_of(self, row: Row, shape: RowFormat) -> Iterator[TokenRow]:
         try:
-            rows = list(self._renderer.rows(shape.parse(row)))
+            example = shape.parse(row)
+            if isinstance(example, Preference | Judged):
+                raise RowError(f"is of format {shape.format}, which method.type SFT does not learn from")
+            rows = self._renderer.rows(example)
         except RowError as error:
             self.problems.add(BadRow(row.file, row.number, str(error)))
             return
