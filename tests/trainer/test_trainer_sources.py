@@ -18,7 +18,9 @@ from trainer_lab import Bucket, TestJob, as_json_lines, short_rows
 
 from finetune_api.failures import FailureClass
 from finetune_api.spec import DataFile, Dataset, TrainFile
+from finetune_trainer.card import _source_lines
 from finetune_trainer.data import sources
+from finetune_trainer.plan import SourceFile
 
 MakeJob = Callable[..., TestJob]
 
@@ -216,6 +218,11 @@ class TestPrepared:
         error = failure(make_job(dataset={"train": [{"uri": inputs.uri("damaged/")}], "validation": None}))
         assert error.failure_class is FailureClass.DATA_ERROR
         assert error.message.startswith(f"{inputs.uri('damaged/2.jsonl.gz')} is cut off: its gzip data have no end")
+
+    def test_a_card_names_some_of_many_files(self) -> None:
+        files = [SourceFile(uri=f"s3://b/{n}.jsonl", size=1000, version="1") for n in range(20)]
+        assert len(_source_lines(files)) == 20
+        assert _source_lines(files * 2)[20:] == ["- 20 more files (20,000 bytes), which `manifest.json` names"]
 
     def test_validation_has_no_weight(self) -> None:
         assert "weight" not in DataFile.model_fields

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.failures import FailureClass, JobError
-from finetune_trainer.data import rows
+from finetune_trainer.data import containers, rows
 from finetune_trainer.data.rows import BadRow, Row, read_rows
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -198,6 +198,11 @@ def test_json_that_is_not_on_lines(tmp_path: Path, data: bytes) -> None:
     assert "let the name of a list of objects end in .json" in message
 
 
+@pytest.mark.parametrize("column", ["ORCID", "PARENT", "PAR1", "BZh9", "version"])
+def test_columns_that_begin_like_other_files(tmp_path: Path, column: str) -> None:
+    assert values_of(read(tmp_path / "rows.csv", f"{column},b\n1,2\n".encode())) == [{column: "1", "b": "2"}]
+
+
 def test_lines_of_lists_are_bad_rows(tmp_path: Path) -> None:
     found = read(tmp_path / "rows.jsonl", b'[{"role": "user"}]\n[{"role": "user"}]\n{"a": 1}\n')
     bad = [BadRow("s3://bucket/rows.jsonl", number, "not an object") for number in (1, 2)]
@@ -322,10 +327,20 @@ LINES = st.lists(
 
 
 @quick
-@given(lines=LINES, compression=st.sampled_from(["", *COMPRESSIONS]), container=st.sampled_from([".jsonl", ".json"]))
-def test_no_row_is_lost_or_doubled(tmp_path: Path, lines: list[bytes], compression: str, container: str) -> None:
+@given(
+    lines=LINES,
+    compression=st.sampled_from(["", *COMPRESSIONS]),
+    container=st.sampled_from([".jsonl", ".json"]),
+    block=st.sampled_from([1, 2, 3, 7, 1 << 16]),
+)
+def test_no_row_is_lost_or_doubled(
+    tmp_path: Path, lines: list[bytes], compression: str, container: str, block: int
+) -> None:
     data = b"\n".join([b"{}", *lines]) if container == ".jsonl" else b"[{},\n" + b" ,".join(lines) + b"]"
-    found = read(tmp_path / f"rows{container}{compression}", COMPRESSIONS.get(compression, bytes)(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BLOCK", block)
+        patch.setattr(containers, "BLOCK", block)
+        found = read(tmp_path / f"rows{container}{compression}", COMPRESSIONS.get(compression, bytes)(data))
     assert [row.number for row in found] == list(range(1, len(lines) + 2))
     for row, line in zip(found[1:], lines, strict=True):
         expected = BAD_JSON.get(line)

@@ -32,17 +32,15 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2"),
     (rb"\xfd7zXZ\0", "xz"),
     (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"),
-    (rb"PAR1", "Parquet"),
-    (rb"PARE", "an encrypted Parquet file"),
+    (rb"PAR1(?![ -~\t\r\n])", "Parquet"),
     (rb"ARROW1|\xff\xff\xff\xff.\x00\x00\x00.\x00\x00\x00", "an Arrow file"),
     (rb"PK(\x03\x04|\x05\x06)", "a zip archive (or a document of an office program)"),
-    (rb".{257}ustar", "a tar archive"),
+    (rb".{257}ustar[\0 ]", "a tar archive"),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (rb"%PDF-", "a PDF document"),
     (rb"\x89HDF\r\n", "an HDF5 file"),
     (rb"SQLite format 3\0", "an SQLite database"),
     (rb"Obj\x01", "an Avro file"),
-    (rb"ORC", "an ORC file"),
     (rb"\xff\xfe|\xfe\xff|[\[{]\0|\0[\[{]|\0\0\xfe\xff", "UTF-16 or UTF-32 text"),
     (rb"version https://git-lfs", "the pointer that git keeps in place of a large file"),
     (rb"\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)", "a web page or XML"),
@@ -114,9 +112,9 @@ def require_parquet(path: Path) -> None:
         Unreadable: the file is no Parquet by its first bytes.
     """
     with path.open("rb") as file:
-        found = signature(file.read(512))
-    if found != "Parquet":
-        raise _wrong(found or "no Parquet file", Kind(".parquet", ""))
+        head = file.read(512)
+    if not head.startswith(b"PAR1"):
+        raise _wrong(signature(head) or "no Parquet file", Kind(".parquet", ""))
 
 
 def _shown(found: str) -> str:
