@@ -158,6 +158,8 @@ def _uri_rules(schemes: str, example: str) -> list[dict[str, str]]:
 
 
 _Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+_DATA_ENDING = "[.](jsonl|ndjson|json|csv|tsv)([.](gz|bz2|xz|zst))?$|[.]parquet$|[*]$"
+"""Of a file, or of a pattern."""
 
 ModelURI = Annotated[
     _Uri,
@@ -182,9 +184,14 @@ DataURI = Annotated[
                 *_uri_rules("s3|hf|file", "s3://datasets/support.jsonl"),
                 {
                     "rule": "!self.matches('^hf://') || "
-                    "self.matches('^hf://datasets/[A-Za-z0-9][-A-Za-z0-9._]*/[-A-Za-z0-9._]+(@[-A-Za-z0-9._]+)?/.+$')",
-                    "message": "a file of a hub data set is written hf://datasets/ORG/NAME/FILE or "
-                    "hf://datasets/ORG/NAME@REVISION/FILE",
+                    "self.matches('^hf://datasets/[A-Za-z0-9][-A-Za-z0-9._]*/[-A-Za-z0-9._]+(@[-A-Za-z0-9._]+)?(/.*)?$')",
+                    "message": "a hub data set is written hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION, "
+                    "with /FILE or /FOLDER/ behind it where not all of its files are meant",
+                },
+                {
+                    "rule": f"self.matches('(?i)^hf://datasets/[^/]+/[^/]+$|/$|{_DATA_ENDING}')",
+                    "message": "the files of a dataset end in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, all but "
+                    ".parquet also with .gz, .bz2, .xz or .zst behind it; a folder ends in /",
                 },
             ]
         }
@@ -202,14 +209,6 @@ class ModelSource(ApiModel):
     uri: ModelURI
     """Where the base model is: s3://BUCKET/PREFIX, hf://ORG/NAME[@REVISION], or file:///FOLDER in local mode. The
     revision that was found first is pinned: a model that changes under a running job fails the job."""
-
-
-class DataFile(ApiModel):
-    """One file of rows."""
-
-    uri: DataURI
-    """Where the file is: s3://BUCKET/KEY, hf://datasets/ORG/NAME[@REVISION]/FILE, or file:///FILE in local mode. The
-    ending tells the container: .jsonl, .json or .csv."""
 
 
 class Columns(ApiModel):
@@ -264,6 +263,41 @@ def _column_rules(field: str) -> list[tuple[str, str]]:
     return rules
 
 
+class DataFile(ApiModel):
+    """A source of rows: a file, a folder, or all files that match a pattern."""
+
+    model_config = validations(*_column_rules("the format of this source"))
+
+    uri: DataURI
+    """Where the rows are: s3://BUCKET/KEY, hf://datasets/ORG/NAME[@REVISION][/FILE], or file:///FILE in local mode. A
+    folder ends in /, and * and ** in a name match many files. The ending tells the container: .jsonl, .ndjson, .json,
+    .csv, .tsv or .parquet, and all but .parquet may be compressed: .gz, .bz2, .xz, .zst."""
+    format: DataFormat | None = None
+    """Shape of a row in this source. Absent: dataset.format and dataset.columns."""
+    columns: Columns | None = None
+    """Names of the columns in this source, together with its format."""
+
+
+Weight = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=12),
+    Field(
+        json_schema_extra=cel(
+            "self.matches('^[1-9]?[0-9]([.][0-9]+)?$|^100([.]0+)?$') && !self.matches('^0([.]0+)?$')",
+            'write a decimal number above 0 and up to 100 in quotes, such as "2" or "0.5"',
+        )
+    ),
+]
+
+
+class TrainFile(DataFile):
+    """A source of rows to learn from."""
+
+    weight: Weight = "1"
+    """How often each row of this source is learnt in an epoch, as a decimal string. "0.5" learns a random half of them,
+    "2.5" all of them twice and a random half once more; hyperparameters.seed chooses."""
+
+
 class InvalidRows(ApiModel):
     """What happens to a row that cannot be used: not JSON, wrong shape, no last assistant turn, empty, too long."""
 
@@ -284,10 +318,11 @@ class Dataset(ApiModel):
         *_column_rules("dataset.format"),
     )
 
-    train: Annotated[list[DataFile], Field(min_length=1, max_length=64)]
-    """Files to learn from. Their rows are taken together and shuffled with hyperparameters.seed."""
+    train: Annotated[list[TrainFile], Field(min_length=1, max_length=64)]
+    """Sources to learn from: at most 10,000 files in all. Their rows are taken together and shuffled with
+    hyperparameters.seed."""
     validation: Annotated[list[DataFile], Field(min_length=1, max_length=64)] | None = None
-    """Files to measure with, before and after training; never learnt from."""
+    """Sources to measure with, before and after training; never learnt from."""
     validation_split: Fraction | None = None
     """Fraction of the train rows that is held out instead of validation files, as a decimal string. When neither is
     set, 5% (at most 200 rows) are held out of 40 or more train rows; "0" holds out nothing."""

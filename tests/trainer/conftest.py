@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from trainer_lab import BASE_SPEC, QUICKSTART, Bucket, TestJob, as_json_lines, merged, save_tiny_model, short_rows
-from trainer_servers import MotoServer, S3rver, s3rver_problem
+from trainer_servers import MotoServer, S3rver, Server, s3rver_problem
 
 from finetune_api.report import Report
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.main import _quiet_libraries
+from finetune_trainer.storage import s3
 
 # Read when a client is made, or when a library is imported that no module here imports at its top.
 os.environ |= {
@@ -59,6 +60,16 @@ def new_bucket(endpoint: str, key_id: str, secret: str) -> Bucket:
 @pytest.fixture
 def bucket(moto: MotoServer) -> Bucket:
     return new_bucket(moto.endpoint, moto.key_id, moto.secret)
+
+
+@pytest.fixture(params=["moto", "s3rver"])
+def any_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A bucket of each server. Clients are kept with their keys, and another server has others."""
+    server: Server = request.getfixturevalue(request.param)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
+    yield new_bucket(server.endpoint, server.key_id, server.secret)
+    s3._client.cache_clear()
 
 
 @pytest.fixture(scope="session")

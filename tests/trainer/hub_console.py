@@ -11,6 +11,7 @@ from pathlib import Path
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import JobError
+from finetune_api.spec import Dataset, TrainFile
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.main import _quiet_libraries
 from finetune_trainer.model_cache import ModelCache
@@ -22,7 +23,21 @@ trust_bundle(PodDisk.from_environment().run)
 folders: dict[str, Folder] = {}
 
 
+def fetch(uris: list[str], target: Path) -> object:
+    """The data files that sources name, with their content."""
+    # Other tests start this process often, and this import is slow.
+    from finetune_trainer.data import sources
+
+    files, _ = sources.find(Dataset(train=[TrainFile(uri=uri) for uri in uris]), StorageSettings())
+    fetched = sources.download(files, target, StorageSettings())
+    return [
+        [file.uri, file.size, file.version, path.read_text()] for file, (_, path) in zip(files, fetched, strict=True)
+    ]
+
+
 def call(uri: str, name: str, *arguments: object) -> object:
+    if name == "fetch":
+        return fetch(uri.split(), Path(str(arguments[0])))
     folder = folders.setdefault(uri, open_folder(uri.partition("#")[0], StorageSettings()))
     if name in ("revision", "uri"):
         return getattr(folder, name)
@@ -30,6 +45,10 @@ def call(uri: str, name: str, *arguments: object) -> object:
         key, target = arguments
         info = folder.stat(str(key)) or ObjectInfo(str(key), 0, "")
         folder.download(info, Path(str(target)))
+        return None
+    if name == "download_as":
+        key, target, size, version = arguments
+        folder.download(ObjectInfo(str(key), int(str(size)), str(version)), Path(str(target)))
         return None
     if name == "cached":
         key, root, target = (str(argument) for argument in arguments)

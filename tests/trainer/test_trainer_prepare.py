@@ -231,7 +231,7 @@ class TestData:
         ("data", "dataset", "words"),
         [
             (b"", {}, "is empty. Upload rows"),
-            (b"\n\n", {}, "dataset.train has no usable row. Upload rows"),
+            (b"\n\n", {}, "data/none.jsonl holds no row. Upload rows"),
             (b"null\n", {"invalidRows": {"policy": "Skip"}}, "dataset.train has no usable row"),
             (b'{"a": "b"}\n', {}, "the format cannot be found out from the columns (a). Set dataset.format"),
         ],
@@ -245,8 +245,9 @@ class TestData:
         assert words in error.message
 
     def test_validation_without_usable_rows(self, make_job: MakeJob, inputs: Bucket) -> None:
-        inputs.put("data/blank.jsonl", b"\n")
-        error = failure(make_job(dataset={"validation": [{"uri": inputs.uri("data/blank.jsonl")}]}))
+        inputs.put("data/null.jsonl", b"null\n")
+        dataset = {"validation": [{"uri": inputs.uri("data/null.jsonl")}], "invalidRows": {"policy": "Skip"}}
+        error = failure(make_job(dataset=dataset))
         assert "dataset.validation has no usable row" in error.message
 
     def test_a_missing_file(self, make_job: MakeJob, inputs: Bucket) -> None:

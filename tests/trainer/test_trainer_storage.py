@@ -22,7 +22,7 @@ from botocore.retries.standard import ExponentialBackoff
 from conftest import new_bucket
 from huggingface_hub.errors import LocalEntryNotFoundError
 from trainer_lab import Bucket
-from trainer_servers import Fault, MotoServer, Proxy, Request, S3rver, Server
+from trainer_servers import Fault, MotoServer, Proxy, Request, S3rver
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import FailureClass, JobError
@@ -32,14 +32,6 @@ from finetune_trainer.storage.s3 import S3Folder
 MIB = 1024 * 1024
 PART = 5 * MIB
 """S3's smallest part, so that few bytes make many parts."""
-
-
-@pytest.fixture(params=["moto", "s3rver"])
-def any_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    server: Server = request.getfixturevalue(request.param)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key_id)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-    return new_bucket(server.endpoint, server.key_id, server.secret)
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ class TestJsonLines:
             (b"[1, 2]", "not an object"),
             (b'"text"', "not an object"),
             (b"7", "not an object"),
-            (b"[" * 100_000, "not JSON"),
+            (b"[" * 100_000, "is nested too deeply"),
             (b"1" * 5000, "not JSON"),
         ],
         ids=["not UTF-8", "cut", "prose", "null", "list", "string", "number", "too deep", "too many digits"],
@@ -84,6 +84,7 @@ class TestJsonLines:
     @given(
         values=st.lists(
             st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.none() | st.lists(st.booleans())),
+            min_size=1,
             max_size=8,
         ),
         newline=st.sampled_from(["\n", "\r\n", "\n\n"]),
@@ -99,7 +100,7 @@ class TestJsonLines:
             assert [row.value for row in rows if isinstance(row, Row)] == values
 
     @quick
-    @given(data=st.binary(max_size=300))
+    @given(data=st.binary(max_size=300).map(b'{"a": 1}\n'.__add__))
     def test_any_bytes_are_rows_or_problems(self, tmp_path: Path, data: bytes) -> None:
         rows = read(tmp_path / "rows.jsonl", data)
         numbers = [row.number for row in rows]
@@ -118,24 +119,37 @@ class TestJson:
     @pytest.mark.parametrize(
         ("data", "words"),
         [
-            (b'{"a": 1}\n{"a": 2}', ["not JSON", "line 2", "name it .jsonl"]),
-            (f'[{{"a": "{SECRET}"}}, {{"a":'.encode(), ["not JSON", "cut off"]),
-            (b"", ["not JSON", "line 1"]),
+            (b'{"a": 1}\n{"a": 2}', ["list of objects", "end in .jsonl"]),
+            (f'[{{"a": "{SECRET}"}}, {{"a":'.encode(), ["cut off", "after row 1", "Upload it again"]),
+            (b"", ["holds no row"]),
             (b'{"a": 1}', ["list of objects", "[{...}, {...}]"]),
-            (b'["\xff"]', ["not UTF-8", "Save it as UTF-8"]),
-            (b"[" * 100_000, ["not JSON"]),
-            (b"[" + b"1" * 5000 + b"]", ["not JSON"]),
+            (b"[" * 100_000, ["lacks a quotation mark or bracket"]),
+            (b'[{"a": 1}] {"a": 2}', ["something behind the end of its list"]),
+            (b'[{"a": 1}]' + b" " * 70_000 + b"x", ["something behind the end of its list"]),
         ],
-        ids=["JSON Lines", "cut", "empty", "object", "not UTF-8", "too deep", "too many digits"],
+        ids=["JSON Lines", "cut", "empty", "object", "too deep", "text behind", "text far behind"],
     )
     def test_says_what_is_wrong_with_the_file(self, tmp_path: Path, data: bytes, words: list[str]) -> None:
         message = refused(tmp_path / "rows.json", data)
         assert message.startswith("s3://bucket/rows.json ")
         assert all(word in message for word in words), message
 
-    def test_refuses_what_would_not_fit_into_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("finetune_trainer.data.rows.MAX_JSON_BYTES", 10)
-        assert ".jsonl, one object on each line" in refused(tmp_path / "rows.json", b'[{"a": "0123456789"}]')
+    @pytest.mark.parametrize(
+        ("element", "reason"),
+        [
+            (b'"\xff"', "not UTF-8 text"),
+            (b"1" * 5000, "not JSON"),
+            (b"", "not JSON"),
+            (b'{"a": [1, 2}, "b": 3]', "not JSON"),
+            (b"[" * 9000 + b"]" * 9000, "is nested too deeply"),
+            (b'{"a": "\\"}, {", "b": nul}', "not JSON"),
+        ],
+        ids=["not UTF-8", "too many digits", "nothing", "brackets crossed", "too deep", "brackets in a string"],
+    )
+    def test_names_the_damaged_element_and_goes_on(self, tmp_path: Path, element: bytes, reason: str) -> None:
+        name = "s3://bucket/rows.json"
+        rows = read(tmp_path / "rows.json", b'[{"a": 1}, ' + element + b', {"a": 2}]')
+        assert rows == [Row(name, 1, {"a": 1}), BadRow(name, 2, reason), Row(name, 3, {"a": 2})]
 
 
 class TestCsv:
@@ -150,6 +164,12 @@ class TestCsv:
             Row(name, 2, {"question": "é", "answer": ""}),
         ]
 
+    def test_names_records_that_are_no_text(self, tmp_path: Path) -> None:
+        rows = read(tmp_path / "rows.csv", b"a,b\n1,2\n\xfc,2\n1,\0\n\xc3\xbc,2\n")
+        name = "s3://bucket/rows.csv"
+        bad = [BadRow(name, 2, "not UTF-8 text"), BadRow(name, 3, "holds a NUL byte")]
+        assert rows == [Row(name, 1, {"a": "1", "b": "2"}), *bad, Row(name, 4, {"a": "ü", "b": "2"})]
+
     def test_names_records_of_another_width(self, tmp_path: Path) -> None:
         rows = read(tmp_path / "rows.csv", b"a,b\n1,2\n1\n1,2,3\n3,4\n")
         assert [row.number for row in rows if isinstance(row, BadRow)] == [2, 3]
@@ -161,17 +181,21 @@ class TestCsv:
         ("data", "words"),
         [
             (f'a,b\n1,2\n3,"{SECRET}'.encode(), ["not CSV", "after row 1"]),
-            (b"a,b\n1,2\n3,\xff\n", ["not UTF-8", "Save it as UTF-8"]),
-            (f'a,b\n1,"{SECRET}"x\n'.encode(), ["not CSV", "after row 0"]),
+            (f'a,b\n1,2\n1,"{SECRET}"x\n'.encode(), ["not CSV", "after row 1"]),
+            (b"a,\xff\n1,2\n", ["first line that is not UTF-8 text", "Save it as UTF-8"]),
+            (b"a,b,a\n1,2,3\n", ["has the column 'a' twice"]),
+            (b"a;b\n1;2\n", ["separated by ';'", "separate them by commas"]),
+            (b"a\tb\n1\t2\n", ["separated by '\\t'", "let its name end in .tsv"]),
+            (b'{"a": 1, "b": 2}\n{"a": 1, "b": 2}\n', ["is JSON and not CSV", "end in .jsonl"]),
         ],
-        ids=["cut in a quoted field", "not UTF-8", "text behind a quoted field"],
+        ids=["cut in a quoted field", "text behind a quoted field", "header", "twice", "semicolons", "tabs", "JSON"],
     )
     def test_says_what_is_wrong_with_the_file(self, tmp_path: Path, data: bytes, words: list[str]) -> None:
         message = refused(tmp_path / "rows.csv", data)
         assert all(word in message for word in words), message
 
     @quick
-    @given(st.lists(st.tuples(st.text(), st.text()), max_size=6))
+    @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=6))
     def test_what_was_written_is_read(self, tmp_path: Path, records: list[tuple[str, str]]) -> None:
         records = [(a.replace("\0", "").replace("\r", ""), b.replace("\0", "").replace("\r", "")) for a, b in records]
         buffer = io.StringIO()
@@ -183,11 +207,11 @@ class TestCsv:
         ]
 
 
-@pytest.mark.parametrize("name", ["rows.txt", "rows.parquet", "rows"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows.parquet.gz", "rows", "rows.gz", "jsonl"])
 def test_refuses_other_endings(tmp_path: Path, name: str) -> None:
     message = refused(tmp_path / name, b"{}")
     assert "ending" in message
-    assert "Use a .jsonl, .json or .csv file" in message
+    assert "Use .jsonl, .ndjson, .json, .csv, .tsv or .parquet" in message
 
 
 def bad_rows(count: int) -> list[BadRow]:
@@ -195,6 +219,13 @@ def bad_rows(count: int) -> list[BadRow]:
 
 
 class TestProblems:
+    def test_counts_no_more_different_reasons_than_fit_into_memory(self) -> None:
+        problems = Problems(RowPolicy.SKIP, 10_000)
+        for number in range(3000):
+            problems.add(BadRow("x", number, f"has the key '{number}' twice"))
+        assert len(problems.reasons) == 1001
+        assert sum(problems.reasons.values()) == 3000
+
     def check(self, policy: RowPolicy, limit: int, bad: int, total: int = 100) -> None:
         problems = Problems(policy, limit)
         for row in bad_rows(bad):

@@ -6,7 +6,18 @@ import json
 
 from finetune_api.document import JobDocument
 from finetune_api.status import EvaluationResult, Verification
-from finetune_trainer.plan import TrainingPlan
+from finetune_trainer.plan import SourceFile, TrainingPlan
+
+MAX_SOURCES = 20
+"""Data files that the card names; the manifest has all of them."""
+
+
+def _source_lines(sources: list[SourceFile]) -> list[str]:
+    lines = [f"- `{source.uri}` ({source.size:,} bytes)" for source in sources[:MAX_SOURCES]]
+    if rest := sources[MAX_SOURCES:]:
+        size = sum(source.size for source in rest)
+        lines.append(f"- {len(rest):,} more files ({size:,} bytes), which `manifest.json` names")
+    return lines
 
 
 def render(
@@ -43,7 +54,7 @@ def render(
         "",
         "## Data",
         "",
-        *(f"- `{source.uri}` ({source.size:,} bytes)" for source in plan.data.train_sources),
+        *_source_lines(plan.data.train_sources),
         "",
         f"{plan.data.train.rows:,} rows were learnt, {plan.data.train.supervised_tokens:,} of "
         f"{plan.data.train.tokens:,} tokens supervised; {plan.data.validation.rows:,} rows were held out; "

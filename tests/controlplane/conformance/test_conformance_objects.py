@@ -99,9 +99,9 @@ def test_unknown_fields_are_refused_on_strict_create(client: Client, maps: str, 
         unknown = 'unknown field "metadata.labls", unknown field "extra"'
         prefix = 'ConfigMap in version "v1" cannot be handled as a ConfigMap'
     else:
-        body = manifest(dataset={"train": [{"uri": "s3://datasets/a.jsonl", "weight": 1}]}, foo=1)
+        body = manifest(dataset={"train": [{"uri": "s3://datasets/a.jsonl", "wait": 1}]}, foo=1)
         answer = client.create(tunes, body, fieldValidation="Strict")
-        unknown = 'unknown field "spec.dataset.train[0].weight", unknown field "spec.foo"'
+        unknown = 'unknown field "spec.dataset.train[0].wait", unknown field "spec.foo"'
         prefix = 'FineTuneJob in version "v1alpha1" cannot be handled as a FineTuneJob'
     assert (answer.code, answer.body["reason"]) == (400, "BadRequest")
     assert answer.message == f"{prefix}: strict decoding error: {unknown}"

@@ -242,6 +242,13 @@ WRONG_COLUMNS = [
     {"format": str(name), "columns": {next(column for column in Columns.model_fields if column not in columns): "c"}}
     for name, columns in FORMAT_COLUMNS.items()
 ]
+BAD_SOURCES: list[tuple[str, dict[str, Any]]] = [
+    *((".uri", {"uri": uri}) for uri in ("s3://aaa/b", "s3://aaa/b.txt", "s3://aaa/b.parquet.gz", "s3://aaa*/b.jsonl")),
+    ("", {"columns": {"text": "t"}}),
+    ("", {"format": "Auto", "columns": {"text": "t"}}),
+    *(("", wrong) for wrong in WRONG_COLUMNS),
+    (".columns", {"format": "Preference", "columns": {"messages": "m", "prompt": "p"}}),
+]
 
 # For each rule of the CRD at least one spec that breaks it, and where the server says so.
 BROKEN: list[tuple[str, dict[str, Any]]] = [
@@ -254,6 +261,15 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.dataset.validation[0].uri", {"dataset": {**TRAIN, "validation": [{"uri": "ftp://x"}]}}),
     ("spec.dataset.validation[0].uri", {"dataset": {**TRAIN, "validation": [{"uri": "s3://datasets"}]}}),
     ("spec.dataset.validation[0].uri", {"dataset": {**TRAIN, "validation": [{"uri": "hf://x/y"}]}}),
+    *(
+        (f"spec.dataset.{kind}[0]{field}", {"dataset": {**TRAIN, kind: [{**TRAIN["train"][0], **bad}]}})
+        for kind in ("train", "validation")
+        for field, bad in BAD_SOURCES
+    ),
+    *(
+        ("spec.dataset.train[0].weight", {"dataset": {"train": [{**TRAIN["train"][0], "weight": bad}]}})
+        for bad in ("0", "0.00", "-1", "100.5", "101", "1e1", "half", "01")
+    ),
     ("spec.dataset", {"dataset": {**TRAIN, "validation": TRAIN["train"], "validationSplit": "0.1"}}),
     ("spec.dataset", {"dataset": {**TRAIN, "columns": {"text": "t"}}}),
     ("spec.dataset.validationSplit", {"dataset": {**TRAIN, "validationSplit": "1.5"}}),

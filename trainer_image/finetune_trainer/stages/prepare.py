@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from finetune_api.status import DatasetResult
 from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
-from finetune_trainer.data import prepared
+from finetune_trainer.data import prepared, sources
 from finetune_trainer.data.examples import Judged, Preference
 from finetune_trainer.data.formats import RowFormat, row_format
 from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
@@ -31,8 +31,8 @@ from finetune_trainer.layout import PodDisk
 from finetune_trainer.manifest import find_published, report_published, require_free
 from finetune_trainer.plan import DataPlan, PreparedSet, SourceFile, TrainingPlan, load_plan
 from finetune_trainer.reporting import Reporter
-from finetune_trainer.storage import open_file, open_folder
-from finetune_trainer.storage.base import Folder, ObjectInfo
+from finetune_trainer.storage import open_folder
+from finetune_trainer.storage.base import Folder
 from finetune_trainer.storage.s3 import sha256_file
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
             FailureClass.USER_ERROR, f"output.uri is the base model's own folder, {output.uri}. Choose another folder."
         )
     model.require_trainable()
-    train_sources = _sources(spec.dataset.train, document)
-    validation_sources = _sources(spec.dataset.validation or [], document)
+    train_sources, validation_sources = sources.find(spec.dataset, document.storage)
 
     published = find_published(output, document.digest, model.pin, train_sources, validation_sources)
     if published is not None:
@@ -86,19 +85,6 @@ def _probe_writing(folder: Folder, key: str) -> None:
     """Learn now, not after hours of training, whether the job may write."""
     folder.write(key, b"")
     folder.delete([key])
-
-
-def _sources(files: list[DataFile], document: JobDocument) -> list[SourceFile]:
-    sources = []
-    for file in files:
-        folder, key = open_file(file.uri, document.storage)
-        info = folder.stat(key)
-        if info is None:
-            raise JobError(FailureClass.NOT_FOUND, f"The data file {file.uri} does not exist. Correct the URI.")
-        if info.size == 0:
-            raise JobError(FailureClass.DATA_ERROR, f"The data file {file.uri} is empty. Upload rows.")
-        sources.append(SourceFile(uri=file.uri, size=info.size, version=info.version))
-    return sources
 
 
 def _still_true(
@@ -135,24 +121,29 @@ def _prepare(
     if not full:
         stored = {tensor.name for tensor in model.tensors}
         require_adaptable(disk.base, spec.method.adapter, stored, merge=Artifact.MERGED in artifacts)
-    train_files = _download(train_sources, disk.data / "train", document)
-    validation_files = _download(validation_sources, disk.data / "validation", document)
+    train_files = sources.download(train_sources, disk.data / "train", document.storage)
+    validation_files = sources.download(validation_sources, disk.data / "validation", document.storage)
 
     reporter.phase("Tokenizing")
     rows = _Rows(spec.dataset, renderer)
     train_path, validation_path = disk.data / TRAIN_FILE, disk.data / VALIDATION_FILE
+    both = disk.data / "all.arrow"
+    train = prepared.write_rows(rows.token_rows(train_files, spec.dataset.train), both)
+    examples = rows.example_count
     if validation_sources:
-        train = prepared.write_rows(rows.token_rows(train_files), train_path)
-        validation = prepared.write_rows(rows.token_rows(validation_files), validation_path)
-        rows.check()
-    else:
-        both = disk.data / "all.arrow"
-        prepared.write_rows(rows.token_rows(train_files), both)
-        rows.check()
-        held_out = _held_out(rows.example_count, spec.dataset.validation_split, spec.hyperparameters.seed)
-        train = prepared.write_rows(_select(both, rows.examples, held_out, inside=False), train_path)
-        validation = prepared.write_rows(_select(both, rows.examples, held_out, inside=True), validation_path)
+        measured = rows.token_rows(validation_files, spec.dataset.validation or [])
+        validation = prepared.write_rows(measured, validation_path)
+    rows.check()
+    held_out: set[int] = set()
+    if not validation_sources:
+        held_out = _held_out(examples, spec.dataset.validation_split, spec.hyperparameters.seed)
+        validation = prepared.write_rows(_select(both, rows.examples, held_out.__contains__), validation_path)
+    if held_out or sources.is_weighted(spec.dataset.train):
+        learnt = sources.copies(rows.sources[:examples], spec.dataset.train, held_out, spec.hyperparameters.seed)
+        train = prepared.write_rows(_select(both, rows.examples, learnt.__getitem__), train_path)
         both.unlink()
+    else:
+        both.replace(train_path)
     _require_rows(train, validation, spec.dataset)
 
     reporter.phase("Uploading")
@@ -182,17 +173,6 @@ def _prepare(
     # The plan is written last: who finds it finds all that it names.
     work.write(layout.PLAN, plan.model_dump_json(by_alias=True, indent=1).encode())
     return plan
-
-
-def _download(sources: list[SourceFile], target: Path, document: JobDocument) -> list[tuple[str, Path]]:
-    """Fetch data files; pairs of the name a user knows and the local path."""
-    files = []
-    for number, source in enumerate(sources):
-        folder, key = open_file(source.uri, document.storage)
-        path = target / str(number)
-        folder.download(ObjectInfo(key, source.size, source.version), path)
-        files.append((source.uri, path))
-    return files
 
 
 def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
@@ -237,9 +217,13 @@ class _Rows:
         self.example_count = 0
         self.examples = array("L")
         """For each token row the number of its example: rows of one conversation stay on one side of a split."""
+        self.sources = array("H")
+        """For each example the number of its source."""
 
-    def token_rows(self, files: list[tuple[str, Path]]) -> Iterator[TokenRow]:
+    def token_rows(self, files: list[tuple[str, Path]], entries: Sequence[DataFile]) -> Iterator[TokenRow]:
         for name, path in files:
+            number = sources.entry_of(name, entries)
+            asked = entries[number] if entries[number].format else self._dataset
             shape: RowFormat | None = None
             for row in read_rows(path, name):
                 self.seen += 1
@@ -247,11 +231,11 @@ class _Rows:
                     self.problems.add(row)
                     continue
                 if shape is None:
-                    shape = row_format(self._dataset.format, self._dataset.columns, row)
+                    shape = row_format(asked.format or self._dataset.format, asked.columns, row)
                     self.formats.add(str(shape.format))
-                yield from self._rows_of(row, shape)
+                yield from self._rows_of(row, shape, number)
 
-    def _rows_of(self, row: Row, shape: RowFormat) -> Iterator[TokenRow]:
+    def _rows_of(self, row: Row, shape: RowFormat, source: int) -> Iterator[TokenRow]:
         try:
             example = shape.parse(row)
             if isinstance(example, Preference | Judged):
@@ -261,6 +245,7 @@ class _Rows:
             self.problems.add(BadRow(row.file, row.number, str(error)))
             return
         self.examples.extend([self.example_count] * len(rows))
+        self.sources.append(source)
         self.example_count += 1
         yield from rows
 
@@ -279,10 +264,11 @@ def _held_out(examples: int, split: str | None, seed: int) -> set[int]:
     return set(random.Random(seed).sample(range(examples), count))
 
 
-def _select(path: Path, examples: array[int], held_out: set[int], *, inside: bool) -> Iterator[TokenRow]:
+def _select(path: Path, examples: array[int], copies: Callable[[int], int]) -> Iterator[TokenRow]:
+    """The rows of a set as often as `copies` says of their example."""
     rows = prepared.read_rows(path)
-    for number, example in enumerate(examples):
-        if (example in held_out) == inside:
+    for number in range(len(rows)):
+        for _ in range(copies(examples[number])):
             row = rows[number]
             yield TokenRow(row["input_ids"], row["labels"])
 

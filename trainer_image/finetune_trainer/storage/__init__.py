@@ -13,7 +13,7 @@ from finetune_api.failures import FailureClass, JobError
 from finetune_api.uri import FileLocation, HubLocation, Location, S3Location, parse
 from finetune_trainer.storage.base import Folder, ObjectInfo
 
-__all__ = ["Folder", "ObjectInfo", "open_file", "open_folder"]
+__all__ = ["Folder", "ObjectInfo", "open_file", "open_folder", "open_location"]
 
 
 def open_folder(uri: str, settings: StorageSettings) -> Folder:
@@ -22,7 +22,7 @@ def open_folder(uri: str, settings: StorageSettings) -> Folder:
     Raises:
         JobError: UserError, when the URI cannot be used here.
     """
-    return _open(_parse(uri), settings)
+    return open_location(_parse(uri), settings)
 
 
 def open_file(uri: str, settings: StorageSettings) -> tuple[Folder, str]:
@@ -32,11 +32,11 @@ def open_file(uri: str, settings: StorageSettings) -> tuple[Folder, str]:
     parent, _, name = path.rpartition("/")
     match location:
         case S3Location():
-            return _open(replace(location, key=parent), settings), name
+            return open_location(replace(location, key=parent), settings), name
         case HubLocation():
-            return _open(replace(location, path=parent), settings), name
+            return open_location(replace(location, path=parent), settings), name
         case FileLocation():
-            return _open(FileLocation(parent or "/"), settings), name
+            return open_location(FileLocation(parent or "/"), settings), name
 
 
 def _parse(uri: str) -> Location:
@@ -46,7 +46,8 @@ def _parse(uri: str) -> Location:
         raise JobError(FailureClass.USER_ERROR, str(error)) from error
 
 
-def _open(location: Location, settings: StorageSettings) -> Folder:
+def open_location(location: Location, settings: StorageSettings) -> Folder:
+    """The folder at a location, which may be a whole bucket."""
     match location:
         case S3Location(bucket, key):
             from finetune_trainer.storage.s3 import S3Folder

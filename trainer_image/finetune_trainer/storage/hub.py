@@ -61,7 +61,11 @@ class HubFolder:
         )
 
     def stat(self, key: str) -> ObjectInfo | None:
-        return next((info for info in self.list(key) if info.key == key), None)
+        return self._objects.get(key)
+
+    @cached_property
+    def _objects(self) -> dict[str, ObjectInfo]:
+        return {info.key: info for info in self.list()}
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         prefix = "datasets/" if self._kind == "dataset" else ""
@@ -74,6 +78,12 @@ class HubFolder:
         return data
 
     def download(self, info: ObjectInfo, path: Path) -> None:
+        current = self.stat(info.key)
+        if current is not None and current != info:
+            raise JobError(
+                FailureClass.MODEL_CHANGED,
+                f"{self.uri}/{info.key} changed on the hub while the job ran. Create the job anew, or name a revision.",
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         with _errors(f"{self.uri}/{info.key}"):
             cached = hf_hub_download(
