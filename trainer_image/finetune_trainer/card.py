@@ -8,6 +8,16 @@ from finetune_api.document import JobDocument
 from finetune_api.status import EvaluationResult, Verification
 from finetune_trainer.plan import TrainingPlan
 
+COLUMNS = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "tokens": "tokens",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "loss of the method": "method_loss",
+}
+"""Of the table of measurements: title and field."""
+
 
 def render(
     document: JobDocument, plan: TrainingPlan, evaluation: EvaluationResult, verification: Verification | None
@@ -51,8 +61,17 @@ def render(
     ]
     if measured:
         lines += ["", "## Evaluation", "", "On the held-out rows, weighted by token:", ""]
-        lines += ["| model | loss | perplexity | tokens |", "|---|---|---|---|"]
-        lines += [f"| {name} | {value.loss} | {value.perplexity} | {value.tokens} |" for name, value in measured]
+        columns = [
+            (title, field)
+            for title, field in COLUMNS.items()
+            if any(getattr(value, field) is not None for _, value in measured)
+        ]
+        lines += ["| " + " | ".join(["model", *(title for title, _ in columns)]) + " |"]
+        lines += ["|" + "---|" * (len(columns) + 1)]
+        lines += [
+            "| " + " | ".join([name, *(str(getattr(value, field)) for _, field in columns)]) + " |"
+            for name, value in measured
+        ]
     if verification:
         lines += [
             "",

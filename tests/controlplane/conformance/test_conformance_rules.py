@@ -60,9 +60,9 @@ def test_null_is_absent(client: Client, tunes: str) -> None:
 STRUCTURE: list[tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = [
     (
         "enum",
-        {"method": {"type": "DPO"}},
+        {"method": {"type": "PPO"}},
         {
-            ("FieldValueNotSupported", "spec.method.type", 'Unsupported value: "DPO": supported values: "SFT"'),
+            ("FieldValueNotSupported", "spec.method.type", 'Unsupported value: "PPO": supported values: "SFT", "DPO"'),
             NOT_CHECKED,
         },
     ),
@@ -259,6 +259,15 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.method.adapter", {"method": {"adapter": {**LORA, "quantization": {}}}}),
     ("spec.method.adapter", {"method": {"adapter": {"type": "Full", "lora": {}}}}),
     ("spec.method.adapter.lora.dropout", {"method": {"adapter": {"lora": {"dropout": "2"}}}}),
+    ("spec.method", {"method": {"dpo": {}}}),
+    ("spec.method", {"method": {"type": "DPO", "adapter": {**LORA, "lora": {"dropout": "0.1"}}}}),
+    ("spec.method.dpo", {"method": {"type": "DPO", "dpo": {"loss": "Robust"}}}),
+    ("spec.method.dpo", {"method": {"type": "DPO", "dpo": {"labelSmoothing": "0.1"}}}),
+    ("spec.method.dpo.beta", {"method": {"type": "DPO", "dpo": {"beta": "much"}}}),
+    ("spec.method.dpo.beta", {"method": {"type": "DPO", "dpo": {"beta": "0.0"}}}),
+    ("spec.method.dpo.labelSmoothing", {"method": {"type": "DPO", "dpo": {"loss": "Robust", "labelSmoothing": "0"}}}),
+    ("spec.method.dpo.labelSmoothing", {"method": {"type": "DPO", "dpo": {"loss": "Robust", "labelSmoothing": "0.5"}}}),
+    ("spec", {"method": {"type": "DPO"}, "dataset": {**TRAIN, "format": "Chat"}}),
     (
         "spec",
         {"method": {"adapter": {"type": "Full"}}, "output": {"uri": "s3://models/out", "artifacts": ["Adapter"]}},

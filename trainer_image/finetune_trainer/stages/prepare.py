@@ -9,21 +9,22 @@ from __future__ import annotations
 import logging
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil
 from pathlib import Path
 
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.names import OWNER_FILE
-from finetune_api.spec import AdapterType, Artifact, DataFile, Dataset, OutputDtype
+from finetune_api.spec import AdapterType, Artifact, DataFile, Dataset, Method, MethodType, OutputDtype
 from finetune_api.status import DatasetResult
 from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import prepared
-from finetune_trainer.data.formats import RowFormat, row_format
-from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
+from finetune_trainer.data.formats import row_format
+from finetune_trainer.data.preferences import pair_row
+from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, PairRow, PreparedRow, RowKind, SetSummary
 from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, TokenRow
 from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
 from finetune_trainer.layout import PodDisk
@@ -42,6 +43,11 @@ DEFAULT_SPLIT = 0.05
 DEFAULT_SPLIT_MAX_ROWS = 200
 DEFAULT_SPLIT_MIN_ROWS = 40
 """Fewer train rows than this are not split unless the user says so: a handful of rows would measure nothing."""
+
+ROWS: dict[MethodType, RowKind] = {MethodType.SFT: TokenRow, MethodType.DPO: PairRow}
+"""What a method learns from."""
+LEARNING_RATES = {MethodType.SFT: ("2e-5", "2e-4"), MethodType.DPO: ("1e-6", "1e-5")}
+"""Where none is given: for all weights, and for an adapter, which is small and begins at zero."""
 
 
 def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
@@ -138,19 +144,22 @@ def _prepare(
     validation_files = _download(validation_sources, disk.data / "validation", document)
 
     reporter.phase("Tokenizing")
-    rows = _Rows(spec.dataset, renderer)
+    rows = _Rows(spec.dataset, spec.method, renderer)
+    kind = ROWS[spec.method.type]
     train_path, validation_path = disk.data / TRAIN_FILE, disk.data / VALIDATION_FILE
     if validation_sources:
-        train = prepared.write_rows(rows.token_rows(train_files), train_path)
-        validation = prepared.write_rows(rows.token_rows(validation_files), validation_path)
+        train = prepared.write_rows(rows.prepared(train_files), train_path, kind)
+        validation = prepared.write_rows(rows.prepared(validation_files), validation_path, kind)
         rows.check()
     else:
         both = disk.data / "all.arrow"
-        prepared.write_rows(rows.token_rows(train_files), both)
+        prepared.write_rows(rows.prepared(train_files), both, kind)
         rows.check()
         held_out = _held_out(rows.example_count, spec.dataset.validation_split, spec.hyperparameters.seed)
-        train = prepared.write_rows(_select(both, rows.examples, held_out, inside=False), train_path)
-        validation = prepared.write_rows(_select(both, rows.examples, held_out, inside=True), validation_path)
+        learnt = _select(both, kind, rows.examples, held_out, inside=False)
+        measured = _select(both, kind, rows.examples, held_out, inside=True)
+        train = prepared.write_rows(learnt, train_path, kind)
+        validation = prepared.write_rows(measured, validation_path, kind)
         both.unlink()
     _require_rows(train, validation, spec.dataset)
 
@@ -174,7 +183,7 @@ def _prepare(
         ),
         stop_ids=renderer.stop_ids,
         total_steps=spec.hyperparameters.max_steps or steps_per_epoch * (spec.hyperparameters.epochs or 3),
-        learning_rate=spec.hyperparameters.learning_rate or ("2e-5" if full else "2e-4"),
+        learning_rate=spec.hyperparameters.learning_rate or LEARNING_RATES[spec.method.type][0 if full else 1],
         artifacts=[str(item) for item in artifacts],
         dtype=model.dtype if spec.output.dtype is OutputDtype.AUTO else str(spec.output.dtype),
     )
@@ -219,34 +228,43 @@ def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
 
 
 class _Rows:
-    """Streams token rows out of files, counting what cannot be used."""
+    """Streams prepared rows out of files, counting what cannot be used."""
 
-    def __init__(self, dataset: Dataset, renderer: Renderer) -> None:
+    def __init__(self, dataset: Dataset, method: Method, renderer: Renderer) -> None:
         self._dataset = dataset
+        self._method = method
         self._renderer = renderer
         self.problems = Problems(dataset.invalid_rows.policy, dataset.invalid_rows.limit)
         self.formats: set[str] = set()
         self.seen = 0
         self.example_count = 0
         self.examples = array("L")
-        """For each token row the number of its example: rows of one conversation stay on one side of a split."""
+        """For each prepared row the number of its example: rows of one conversation stay on one side of a split."""
 
-    def token_rows(self, files: list[tuple[str, Path]]) -> Iterator[TokenRow]:
+    def prepared(self, files: list[tuple[str, Path]]) -> Iterator[PreparedRow]:
         for name, path in files:
-            shape: RowFormat | None = None
+            understand: Callable[[Row], list[PreparedRow]] | None = None
             for row in read_rows(path, name):
                 self.seen += 1
                 if isinstance(row, BadRow):
                     self.problems.add(row)
                     continue
-                if shape is None:
-                    shape = row_format(self._dataset.format, self._dataset.columns, row)
-                    self.formats.add(str(shape.format))
-                yield from self._rows_of(row, shape)
+                if understand is None:
+                    understand = self._understand(row)
+                yield from self._rows_of(row, understand)
 
-    def _rows_of(self, row: Row, shape: RowFormat) -> Iterator[TokenRow]:
+    def _understand(self, first: Row) -> Callable[[Row], list[PreparedRow]]:
+        """How the rows of a file are made into prepared ones."""
+        if self._method.type is MethodType.DPO:
+            self.formats.add("Preference")
+            return lambda row: [pair_row(row, self._renderer)]
+        shape = row_format(self._dataset.format, self._dataset.columns, first)
+        self.formats.add(str(shape.format))
+        return lambda row: list(self._renderer.rows(shape.parse(row)))
+
+    def _rows_of(self, row: Row, understand: Callable[[Row], list[PreparedRow]]) -> Iterator[PreparedRow]:
         try:
-            rows = list(self._renderer.rows(shape.parse(row)))
+            rows = understand(row)
         except RowError as error:
             self.problems.add(BadRow(row.file, row.number, str(error)))
             return
@@ -269,12 +287,13 @@ def _held_out(examples: int, split: str | None, seed: int) -> set[int]:
     return set(random.Random(seed).sample(range(examples), count))
 
 
-def _select(path: Path, examples: array[int], held_out: set[int], *, inside: bool) -> Iterator[TokenRow]:
+def _select(
+    path: Path, kind: RowKind, examples: array[int], held_out: set[int], *, inside: bool
+) -> Iterator[PreparedRow]:
     rows = prepared.read_rows(path)
     for number, example in enumerate(examples):
         if (example in held_out) == inside:
-            row = rows[number]
-            yield TokenRow(row["input_ids"], row["labels"])
+            yield kind(**rows[number])
 
 
 def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -> None:
