@@ -21,15 +21,15 @@ def cel(rule: str, message: str) -> dict[str, list[dict[str, str]]]:
 
 
 #: Kubernetes API conventions forbid floats: decimals travel as strings.
-Decimal = Annotated[
+_DECIMAL = cel(
+    "self.matches('^[0-9]+([.][0-9]+)?([eE][-+]?[0-9]{1,2})?$')", 'write a decimal number in quotes, such as "2e-4"'
+)
+_POSITIVE = cel("self.matches('^[0.]*[1-9]')", 'write a number above 0 in quotes, such as "0.1"')
+Decimal = Annotated[str, StringConstraints(min_length=1, max_length=24), Field(json_schema_extra=_DECIMAL)]
+PositiveDecimal = Annotated[
     str,
     StringConstraints(min_length=1, max_length=24),
-    Field(
-        json_schema_extra=cel(
-            "self.matches('^[0-9]+([.][0-9]+)?([eE][-+]?[0-9]{1,2})?$')",
-            'write a decimal number in quotes, such as "2e-4"',
-        )
-    ),
+    Field(json_schema_extra={name: [*rules, *_POSITIVE[name]] for name, rules in _DECIMAL.items()}),
 ]
 Fraction = Annotated[
     str,

@@ -14,7 +14,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import ApiModel, Decimal, Fraction, ObjectName, Quantity, cel, validations
+from finetune_api.base import (
+    ApiModel,
+    Decimal,
+    Fraction,
+    ObjectName,
+    PositiveDecimal,
+    Quantity,
+    cel,
+    validations,
+)
 from finetune_api.failures import RULED_CLASSES, FailureClass
 from finetune_api.pod import CABundle, ModelCache, Placement, PodTemplate, ResourceClaim, Scheduling
 
@@ -33,6 +42,18 @@ NAME_RULES = [
         "from it: rename the job, for example support-bot",
     ),
 ]
+
+
+class MethodType(StrEnum):
+    SFT = "SFT"
+    DPO = "DPO"
+
+
+class DPOLoss(StrEnum):
+    SIGMOID = "Sigmoid"
+    IPO = "IPO"
+    HINGE = "Hinge"
+    ROBUST = "Robust"
 
 
 class AdapterType(StrEnum):
@@ -70,6 +91,18 @@ class Supervised(StrEnum):
     ASSISTANT_TURNS = "AssistantTurns"
     LAST_TURN = "LastTurn"
     ALL = "All"
+
+
+METHOD_FORMATS = {
+    MethodType.SFT: tuple(name for name in FORMAT_COLUMNS if not name.endswith("Preference")),
+    MethodType.DPO: (DataFormat.PREFERENCE,),
+}
+"""The formats that a method learns from."""
+
+
+class DuplicatePolicy(StrEnum):
+    KEEP = "Keep"
+    REMOVE = "Remove"
 
 
 class OverlongPolicy(StrEnum):
@@ -343,6 +376,9 @@ class Dataset(ApiModel):
     """What happens to a longer row. Fail: it is an invalid row. Drop leaves it out. Truncate cuts off its end. Split
     makes several rows of it: of plain text pieces of maxLength tokens, of a conversation rows of whole turns, each with
     the system message. All of it is counted in the report."""
+    duplicates: DuplicatePolicy = DuplicatePolicy.KEEP
+    """What happens to train rows that are equal to another one: Keep learns them as often as they are there, Remove
+    learns them once. Either way they are counted, and train rows that are in the validation set, too, are left out."""
     invalid_rows: InvalidRows = InvalidRows()
     """What happens to a row that cannot be used."""
 
@@ -398,13 +434,59 @@ class Adapter(ApiModel):
     """The 4-bit base of QLoRA; absent means its defaults."""
 
 
+class DPO(ApiModel):
+    """Direct preference optimisation."""
+
+    model_config = validations(
+        (
+            "has(self.labelSmoothing) == (self.loss == 'Robust')",
+            "loss Robust and labelSmoothing belong together: set both, or neither",
+        ),
+    )
+
+    beta: PositiveDecimal = "0.1"
+    """How strongly the model is held to the base, as a decimal string: the larger, the closer it stays."""
+    loss: DPOLoss = DPOLoss.SIGMOID
+    """Sigmoid is DPO itself. IPO is for few or clear-cut pairs, which Sigmoid learns by heart. Hinge stops where a pair
+    is told apart by enough. Robust expects pairs that are the wrong way round."""
+    label_smoothing: (
+        Annotated[
+            str,
+            StringConstraints(min_length=1, max_length=12),
+            Field(
+                json_schema_extra=cel(
+                    "self.matches('^0[.][0-4][0-9]*$') && !self.matches('^0[.]0*$')",
+                    'write a fraction above 0 and below 0.5 in quotes, such as "0.1"',
+                )
+            ),
+        ]
+        | None
+    ) = None
+    """With Robust: the share of the pairs that is expected to be the wrong way round, as a decimal string."""
+
+
 class Method(ApiModel):
     """How the model learns."""
 
-    type: Literal["SFT"] = "SFT"
-    """SFT: supervised fine-tuning, learning to give the assistant's answers."""
+    model_config = validations(
+        (
+            "self.type == 'DPO' || !has(self.dpo)",
+            "dpo holds settings of DPO: set method.type to DPO, or remove dpo",
+        ),
+        (
+            "self.type == 'SFT' || !has(self.adapter.lora) || self.adapter.lora.dropout.matches('^0([.]0*)?$')",
+            "DPO compares the model with the base, and dropout would be taken for a difference: remove "
+            "adapter.lora.dropout",
+        ),
+    )
+
+    type: MethodType = MethodType.SFT
+    """SFT: supervised fine-tuning, learning to give the assistant's answers. DPO: direct preference optimisation,
+    learning from pairs of answers which one is better."""
     adapter: Adapter = Adapter()
     """What is trained."""
+    dpo: DPO | None = None
+    """Settings of DPO; absent means its defaults."""
 
 
 class Hyperparameters(ApiModel):
@@ -422,7 +504,8 @@ class Hyperparameters(ApiModel):
     max_steps: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """Optimiser steps, instead of epochs."""
     learning_rate: Decimal | None = None
-    """Peak learning rate, as a decimal string. Absent: "2e-4" with an adapter, "2e-5" for Full."""
+    """Peak learning rate, as a decimal string. Absent: for SFT "2e-4" with an adapter and "2e-5" for Full, for DPO
+    "1e-5" and "1e-6"."""
     scheduler: Scheduler = Scheduler.COSINE
     """How the learning rate falls after the warm-up."""
     warmup_ratio: Fraction = "0.03"
@@ -659,6 +742,22 @@ _PROCESSES = "(self.resources.gpusPerNode > 1 ? self.resources.gpusPerNode : 1) 
 """CEL: training processes of all nodes."""
 
 
+def _format_rules() -> list[tuple[str, str]]:
+    rules = []
+    for method, formats in METHOD_FORMATS.items():
+        named = [DataFormat.AUTO.value, *(name.value for name in formats)]
+        rules.append(
+            (
+                f"self.method.type != '{method}' || (self.dataset.format in {named} && "
+                f"self.dataset.train.all(source, !has(source.format) || source.format in {named}) && "
+                "(!has(self.dataset.validation) || "
+                f"self.dataset.validation.all(source, !has(source.format) || source.format in {named})))",
+                f"method.type {method} learns from rows of format {', '.join(formats)}: change format or method",
+            )
+        )
+    return rules
+
+
 class FineTuneJobSpec(ApiModel):
     """What to train, on what, and where the result goes."""
 
@@ -667,6 +766,21 @@ class FineTuneJobSpec(ApiModel):
             "self.method.adapter.type != 'Full' || "
             "!has(self.output.artifacts) || !('Adapter' in self.output.artifacts)",
             "Full trains no adapter: remove Adapter from output.artifacts, or set method.adapter.type to LoRA or QLoRA",
+        ),
+        (
+            "self.method.type == 'SFT' || (self.dataset.format == 'Auto' && !has(self.dataset.columns))",
+            "dataset.format and dataset.columns are about rows of SFT, and the rows of other methods have one shape: "
+            "remove them",
+        ),
+        *_format_rules(),
+        (
+            "self.method.type == 'SFT' || "
+            "(self.dataset.supervised == 'AssistantTurns' && self.dataset.supervisedReasoning == 'Enabled')",
+            "dataset.supervised and dataset.supervisedReasoning belong to SFT: preferences are about whole answers",
+        ),
+        (
+            "self.method.type == 'SFT' || self.dataset.overlong != 'Split'",
+            "an answer that is judged cannot be split: set dataset.overlong to Fail, Drop or Truncate",
         ),
         (
             "self.model.uri != self.output.uri",

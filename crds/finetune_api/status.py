@@ -31,6 +31,7 @@ _Sentence = Annotated[str, StringConstraints(max_length=2048)]
 _Uri = Annotated[str, StringConstraints(max_length=1024)]
 _Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 _Decimal = Annotated[str, StringConstraints(max_length=32)]
+_ShortDecimal = Annotated[str, StringConstraints(max_length=12)]
 
 
 class Phase(StrEnum):
@@ -270,14 +271,20 @@ class Progress(ApiModel):
 
 
 class Measurement(ApiModel):
-    """Token-weighted loss on the validation rows."""
+    """Token-weighted loss on the validation rows, and what the method itself counts."""
 
     loss: _Decimal
-    """Mean negative log-likelihood of the supervised tokens, in nats."""
+    """Mean negative log-likelihood of the supervised tokens, in nats; of pairs those of the chosen answers."""
     perplexity: _Decimal
     """exp(loss)."""
     tokens: Annotated[int, Field(ge=0)]
     """Supervised tokens measured."""
+    method_loss: _ShortDecimal | None = None
+    """Mean over the rows of the loss that the method minimises, where that is another one."""
+    accuracy: _ShortDecimal | None = None
+    """Of pairs: the share in which the chosen answer has the higher reward; a tie counts half."""
+    margin: _ShortDecimal | None = None
+    """Of pairs: mean reward of the chosen answer less that of the rejected one."""
 
 
 class EvaluationResult(ApiModel):

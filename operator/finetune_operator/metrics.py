@@ -265,6 +265,16 @@ class _Jobs(Collector):
         evaluation = GaugeMetricFamily(
             "finetune_job_eval_loss", "Token-weighted loss on the validation rows.", labels=[*per_job, "model"]
         )
+        accuracy = GaugeMetricFamily(
+            "finetune_job_eval_accuracy",
+            "Share of the validation pairs in which the chosen answer has the higher reward.",
+            labels=[*per_job, "model"],
+        )
+        margin = GaugeMetricFamily(
+            "finetune_job_eval_margin",
+            "Mean reward of the chosen answers less that of the rejected ones.",
+            labels=[*per_job, "model"],
+        )
         gpu = CounterMetricFamily("finetune_job_gpu_seconds", "GPUs times the seconds they were held.", labels=per_job)
         wasted = CounterMetricFamily(
             "finetune_job_wasted_gpu_seconds",
@@ -295,10 +305,14 @@ class _Jobs(Collector):
                 measured = getattr(status.evaluation, which, None)
                 if measured is not None:
                     evaluation.add_metric([*key, which], float(measured.loss))
+                    if measured.accuracy is not None:
+                        accuracy.add_metric([*key, which], float(measured.accuracy))
+                    if measured.margin is not None:
+                        margin.add_metric([*key, which], float(measured.margin))
         jobs = GaugeMetricFamily("finetune_jobs", "Jobs by phase.", labels=["namespace", "phase"])
         for (namespace, name), count in sorted(counts.items()):
             jobs.add_metric([namespace, name], count)
-        yield from (jobs, info, progress, step, loss, eta, restarts, evaluation, gpu, wasted)
+        yield from (jobs, info, progress, step, loss, eta, restarts, evaluation, accuracy, margin, gpu, wasted)
 
 
 def _gpu_seconds(status: FineTuneJobStatus) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import Disposition
-from finetune_operator import children, plan, reconcile, status
+from finetune_operator import children, observe, plan, reconcile, status
 from finetune_operator.kube import ApiError
 from finetune_operator.resource import format_time
 
@@ -168,7 +168,12 @@ def events_are_not_tried_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_pod_that_was_taken_away_is_counted_twice(patch: pytest.MonkeyPatch) -> None:
-    """Once when it has ended, and once when the Job controller has said what it makes of that."""
+    """Once when the queue suspends its Job, and once when the Job controller has said what it makes of its end."""
+
+    def without_stopped(self: Any) -> Any:
+        return replace(self, pods=tuple(pod for pod in self.pods if not pod.finished or pod.exit_code != 75))
+
+    patch.setattr(observe.Observation, "without_stopped", without_stopped)
     note = plan._Stage._note_eviction
 
     def hasty(self: Any, child: Any, present: Any, last: Any) -> None:

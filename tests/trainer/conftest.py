@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 from trainer_lab import BASE_SPEC, QUICKSTART, Bucket, TestJob, as_json_lines, merged, save_tiny_model, short_rows
 from trainer_servers import MotoServer, S3rver, Server, s3rver_problem
 
+from finetune_api.failures import JobError
 from finetune_api.report import Report
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.main import _quiet_libraries
@@ -155,6 +157,28 @@ def train(make_job: Callable[..., TestJob]) -> Callable[..., Trained]:
             patch.setattr(training, "build_trainer", lambda *args: built.append(original(*args)) or built[-1])
             report = job.run("train")
         return Trained(job, report, built[0])
+
+    return run
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[TestJob, int], None]:
+    """Train a prepared job in this process, and tell it to stop in this step: it saves a checkpoint and ends."""
+
+    def run(job: TestJob, step: int) -> None:
+        from finetune_trainer.training import LoopCallback
+
+        begin = LoopCallback.on_step_begin
+
+        def stopped(self: Any, args: Any, state: Any, control: Any, **named: Any) -> None:
+            begin(self, args, state, control, **named)
+            if state.global_step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LoopCallback, "on_step_begin", stopped)
+            with pytest.raises(JobError, match=f"after step {step} of .*; a checkpoint was saved"):
+                job.run("train")
 
     return run
 

@@ -14,8 +14,9 @@ from trainer_rendering import STOP, TEMPLATES, conversation, rows_of, speaker, s
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import OverlongPolicy, Supervised
 from finetune_trainer.data.examples import Conversation, Message, Text, ToolCall
-from finetune_trainer.data.render import IGNORED, Renderer, Rules, TokenRow
+from finetune_trainer.data.render import Renderer, Rules
 from finetune_trainer.data.rows import RowError
+from finetune_trainer.data.token_rows import IGNORED, TokenRow
 
 TOOLS = json.dumps(
     [{"type": "function", "function": {"name": "weather", "description": "of a town", "parameters": {}}}]
@@ -64,7 +65,7 @@ def speaks(tokenizer: Any) -> Speaks:
 
 def render(tokenizer: Any, example: Conversation | Text, **rules: Any) -> tuple[list[TokenRow], Renderer]:
     renderer = Renderer(tokenizer, None, Rules(**{"max_length": 4096, **rules}))
-    return renderer.rows(example), renderer
+    return renderer.token_rows(example), renderer
 
 
 class TestTools:

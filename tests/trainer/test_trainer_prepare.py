@@ -22,8 +22,8 @@ from finetune_api.spec import Adapter, AdapterType, LoRA
 from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.data import prepared
+from finetune_trainer.data.pipeline import held_out as choose_held_out
 from finetune_trainer.plan import TrainingPlan
-from finetune_trainer.stages.prepare import _held_out
 from finetune_trainer.storage.s3 import S3Folder
 
 MakeJob = Callable[..., TestJob]
@@ -193,7 +193,7 @@ class TestData:
             inputs.put(f"data/{name}", data)
         job = make_job(dataset={"train": [{"uri": inputs.uri(f"data/{name}")} for name in self.FORMATS]})
         job.run("prepare")
-        assert plan_of(job).data.format == "Alpaca, Chat, QuestionAnswer, Text"
+        assert plan_of(job).data.format == "Alpaca, Chat, PromptCompletion, QuestionAnswer, Text"
         assert plan_of(job).data.train.rows == 15
 
     def test_bad_rows_are_named_without_their_content(self, make_job: MakeJob, inputs: Bucket) -> None:
@@ -329,8 +329,8 @@ class TestHeldOutRows:
         examples=st.integers(0, 2000), split=st.sampled_from([None, "0", "0.05", "0.5", "0.999"]), seed=st.integers(0)
     )
     def test_something_is_always_left_to_learn(self, examples: int, split: str | None, seed: int) -> None:
-        held_out = _held_out(examples, split, seed)
-        assert held_out == _held_out(examples, split, seed)
+        held_out = choose_held_out(range(examples), split, seed)
+        assert held_out == choose_held_out(range(examples), split, seed)
         assert held_out <= set(range(examples))
         assert len(held_out) < max(1, examples)
         if split is None:
@@ -527,13 +527,16 @@ class TestAdaptable:
         assert caught.value.failure_class is FailureClass.MODEL_ERROR
         require_adaptable(tiny_model, asked, stored, merge=False)
 
-    def test_a_layer_that_is_tied_to_another_has_no_weight_of_its_own(self, tmp_path: Path) -> None:
-        model = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_the_output_head_is_not_adapted(self, tmp_path: Path, tied: bool) -> None:
+        """TRL would refuse it, on the GPU: it computes the loss from the head's own weight."""
+        model = save_tiny_model(tmp_path / "model", tie_word_embeddings=tied)
         stored = set(load_file(model / "model.safetensors"))
         require_adaptable(model, Adapter(type=AdapterType.LORA), stored, merge=True)
-        head = Adapter(type=AdapterType.LORA, lora=LoRA(target_modules=["lm_head"]))
-        with pytest.raises(JobError, match="its layer lm_head"):
-            require_adaptable(model, head, stored, merge=True)
+        head = Adapter(type=AdapterType.LORA, lora=LoRA(target_modules=["q_proj", "lm_head"]))
+        with pytest.raises(JobError, match=r"names lm_head, the model's output head") as caught:
+            require_adaptable(model, head, stored, merge=False)
+        assert caught.value.failure_class is FailureClass.USER_ERROR
 
 
 def test_the_output_may_not_be_the_base_models_own_folder(make_job: MakeJob, inputs: Bucket) -> None:

@@ -12,7 +12,7 @@ from trainer_lab import BASE_SPEC, merged
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer import models, probe
-from finetune_trainer.data.render import IGNORED
+from finetune_trainer.data.token_rows import IGNORED
 from finetune_trainer.world import World
 
 ROWS = [

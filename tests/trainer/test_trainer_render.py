@@ -16,8 +16,9 @@ from transformers import GenerationConfig
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_trainer.data.examples import Text
-from finetune_trainer.data.render import IGNORED, Renderer, Rules
+from finetune_trainer.data.render import Renderer, Rules
 from finetune_trainer.data.rows import RowError
+from finetune_trainer.data.token_rows import IGNORED
 
 
 class TestLabels:
@@ -80,7 +81,7 @@ class TestLabels:
         assert "Set eos_token_id in the model's generation_config.json" in caught.value.message
         end = changed.convert_tokens_to_ids("<|endoftext|>")
         renderer = Renderer(changed, GenerationConfig(eos_token_id=[end, 7]), Rules(512))
-        (row,) = renderer.rows(conversation("Hi", "Hello"))
+        (row,) = renderer.token_rows(conversation("Hi", "Hello"))
         assert supervised(changed, row) == "Hello<|endoftext|>"
         assert renderer.stop_ids == sorted({end, 7, changed.eos_token_id})
 
@@ -89,7 +90,9 @@ class TestLabels:
         template = tokenizer.chat_template + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
         changed = with_template(tokenizer, template)
         end = changed.convert_tokens_to_ids("<|endoftext|>")
-        (row,) = Renderer(changed, GenerationConfig(eos_token_id=end), Rules(512)).rows(conversation("Hi", "Hello\n"))
+        (row,) = Renderer(changed, GenerationConfig(eos_token_id=end), Rules(512)).token_rows(
+            conversation("Hi", "Hello\n")
+        )
         assert supervised(changed, row) == f"Hello\n{STOP}"
 
     def test_a_stop_token_within_an_answer_is_learnt(self, tokenizer: Any) -> None:
@@ -144,7 +147,7 @@ class TestUnstableTemplates:
     def test_a_conversation_becomes_one_row_for_each_answer(self, tokenizer: Any) -> None:
         changed = with_template(tokenizer, REWRITING)
         renderer = Renderer(changed, None, Rules(512))
-        rows = list(renderer.rows(conversation("Hi", "Hello", "More?", "No")))
+        rows = list(renderer.token_rows(conversation("Hi", "Hello", "More?", "No")))
         assert [supervised(changed, row) for row in rows] == [f"Hello{STOP}", f"No{STOP}"]
         # Each is rendered as at inference.
         assert changed.decode(rows[0].input_ids) == f"<|im_start|>user\nHi{STOP}\n<|im_start|>assistant\nHello{STOP}\n"
@@ -153,7 +156,7 @@ class TestUnstableTemplates:
 
     def test_a_stable_conversation_stays_whole(self, tokenizer: Any) -> None:
         renderer = Renderer(with_template(tokenizer, REWRITING), None, Rules(512))
-        assert len(list(renderer.rows(conversation("Hi", "Hello")))) == 1
+        assert len(list(renderer.token_rows(conversation("Hi", "Hello")))) == 1
         assert renderer.counts.split_conversations == 0
 
     def test_weight_zero_makes_no_row(self, tokenizer: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import trl
 
 from finetune_trainer.data.examples import Conversation, Message, Text
-from finetune_trainer.data.render import IGNORED, Renderer, Rules, TokenRow
+from finetune_trainer.data.render import Renderer, Rules
+from finetune_trainer.data.token_rows import IGNORED, TokenRow
 
 STOP = "<|im_end|>"
 
@@ -26,7 +27,7 @@ def conversation(*turns: str, learnt: tuple[bool, ...] = (), system: str | None 
 
 
 def rows_of(tokenizer: Any, example: Conversation | Text, max_length: int = 4096) -> list[TokenRow]:
-    return list(Renderer(tokenizer, None, Rules(max_length)).rows(example))
+    return Renderer(tokenizer, None, Rules(max_length)).token_rows(example)
 
 
 def supervised(tokenizer: Any, row: TokenRow) -> str:

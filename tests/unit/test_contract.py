@@ -231,7 +231,14 @@ class TestDocument:
 def full_report() -> report.Report:
     """A report with every field at a length that occurs."""
     long_uri = "s3://" + "b" * 60 + "/" + "p" * 200
-    measured = Measurement(loss="10.1234", perplexity="2.345e+04", tokens=10**9)
+    measured = Measurement(
+        loss="10.1234",
+        perplexity="2.345e+04",
+        tokens=10**9,
+        method_loss="10.1234",
+        accuracy="0.1234",
+        margin="-10.1234",
+    )
     return report.Report(
         job_uid="3a977917-7975-406a-8fc5-389d3592b800",
         stage=Stage.TRAIN,

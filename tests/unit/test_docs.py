@@ -81,7 +81,7 @@ def families(text: bytes) -> set[tuple[str, str]]:
 
 def full_report() -> Report:
     """Every number that makes a metric."""
-    measured = Measurement(loss="1", perplexity="2", tokens=3)
+    measured = Measurement(loss="1", perplexity="2", tokens=3, accuracy="0.5", margin="0.1")
     moment = "2026-01-01T00:00:00Z"
     return Report(
         job_uid="u",

@@ -771,10 +771,10 @@ class TestOtherVersions:
     def test_a_running_job_that_cannot_be_read_is_left_alone(self) -> None:
         story = Story()
         story.prepared()
-        story.body["spec"]["method"] = {"type": "DPO"}
+        story.body["spec"]["method"] = {"type": "Unheard"}
         planned = plan(story.job, observe([complete(PREPARE)]), SETTINGS, NOW)
         assert (planned.create, planned.status) == ((), story.job.status)
-        fresh = Story(method={"type": "DPO"})
+        fresh = Story(method={"type": "Unheard"})
         fresh.look()
         assert fresh.condition("Failed") == ("True", "UserError")
 

@@ -35,7 +35,7 @@ FULL = Report(
     ),
     evaluation=EvaluationResult(
         base=Measurement(loss="2.5000", perplexity="12.18", tokens=10),
-        tuned=Measurement(loss="1.5000", perplexity="4.48", tokens=10),
+        tuned=Measurement(loss="1.5000", perplexity="4.48", tokens=10, accuracy="0.7500", margin="-0.2500"),
     ),
     checkpoint=CheckpointResult(step=5, uri="s3://b/x", time="2026-01-01T00:00:00Z", save_seconds="1.5"),
     checkpoint_failures=3,
@@ -60,6 +60,8 @@ def test_values() -> None:
         "finetune_trainer_last_step_timestamp_seconds 1.7672256e+09",
         'finetune_trainer_eval_loss{model="base"} 2.5',
         'finetune_trainer_eval_loss{model="tuned"} 1.5',
+        'finetune_trainer_eval_accuracy{model="tuned"} 0.75',
+        'finetune_trainer_eval_margin{model="tuned"} -0.25',
         "finetune_checkpoint_step 5.0",
         "finetune_checkpoint_last_success_timestamp_seconds 1.7672256e+09",
         "finetune_checkpoint_save_seconds 1.5",
@@ -71,6 +73,8 @@ def test_what_is_not_known_is_not_there() -> None:
     text = "\n".join(lines(EMPTY))
     assert "finetune_trainer_step" not in text
     assert "finetune_trainer_loss" not in text
+    # Only methods that learn from pairs have it.
+    assert 'finetune_trainer_eval_accuracy{model="base"}' not in "\n".join(lines(FULL))
     assert "finetune_checkpoint_step" not in text
     assert "finetune_checkpoint_failures_total 0.0" in text
 

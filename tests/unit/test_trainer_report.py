@@ -31,7 +31,10 @@ URI = "s3://" + "b" * 63 + "/" + "k" * 950
 
 def fullest(message: str, log_tail: str) -> Report:
     """A report with every field, each as long as it may be."""
-    measurement = Measurement(loss="9" * 32, perplexity="9" * 32, tokens=10**12)
+    longest = "9" * 32
+    measurement = Measurement(
+        loss=longest, perplexity=longest, tokens=10**12, method_loss="9" * 12, accuracy="9" * 12, margin="9" * 12
+    )
     return Report(
         job_uid="0" * 36,
         stage=Stage.TRAIN,

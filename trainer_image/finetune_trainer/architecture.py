@@ -21,8 +21,8 @@ def require_adaptable(folder: Path, adapter: Adapter, stored: set[str], *, merge
         merge: the adapter will be merged, tensor by tensor.
 
     Raises:
-        JobError: UserError, when a name in targetModules is no linear layer; ModelError, when the merge would not find
-            the weights.
+        JobError: UserError, when a name in targetModules is no linear layer, or the output head; ModelError, when the
+            merge would not find the weights.
     """
     layers, head = _linear_layers(folder)
     asked = adapter.lora.target_modules if adapter.lora else None
@@ -36,6 +36,13 @@ def require_adaptable(folder: Path, adapter: Adapter, stored: set[str], *, merge
                 FailureClass.USER_ERROR,
                 f"lora.targetModules names {', '.join(unknown)}, which the model does not have. Its linear layers are "
                 f"{there}.",
+            )
+        # Training computes the output from the head's weight alone, so that an adapter on it would do nothing.
+        if on_head := [target for target, found in chosen.items() if found & head]:
+            raise JobError(
+                FailureClass.USER_ERROR,
+                f"lora.targetModules names {', '.join(on_head)}, the model's output head, which cannot be adapted. "
+                "Remove it.",
             )
         adapted = set().union(*chosen.values())
     if not merge:

@@ -20,6 +20,17 @@ def _source_lines(sources: list[SourceFile]) -> list[str]:
     return lines
 
 
+COLUMNS = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "tokens": "tokens",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "loss of the method": "method_loss",
+}
+"""Of the table of measurements: title and field."""
+
+
 def render(
     document: JobDocument, plan: TrainingPlan, evaluation: EvaluationResult, verification: Verification | None
 ) -> str:
@@ -62,8 +73,17 @@ def render(
     ]
     if measured:
         lines += ["", "## Evaluation", "", "On the held-out rows, weighted by token:", ""]
-        lines += ["| model | loss | perplexity | tokens |", "|---|---|---|---|"]
-        lines += [f"| {name} | {value.loss} | {value.perplexity} | {value.tokens} |" for name, value in measured]
+        columns = [
+            (title, field)
+            for title, field in COLUMNS.items()
+            if any(getattr(value, field) is not None for _, value in measured)
+        ]
+        lines += ["| " + " | ".join(["model", *(title for title, _ in columns)]) + " |"]
+        lines += ["|" + "---|" * (len(columns) + 1)]
+        lines += [
+            "| " + " | ".join([name, *(str(getattr(value, field)) for _, field in columns)]) + " |"
+            for name, value in measured
+        ]
     if verification:
         lines += [
             "",

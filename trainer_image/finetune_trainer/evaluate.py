@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
 
 from finetune_api.status import Measurement
-from finetune_trainer.data.render import IGNORED
+from finetune_trainer.data.token_rows import IGNORED
 from finetune_trainer.world import World
 
 BATCH_TOKENS = 2048
@@ -22,6 +23,30 @@ BATCH_TOKENS = 2048
 
 def unseen(rows: int) -> None:
     """Nobody wants to know how far an evaluation is."""
+
+
+class Evaluation(Protocol):
+    """Measures models on the validation rows, as a method has it. The results do not depend on the number of processes,
+    nor on how many rows are computed at once."""
+
+    def base(self, model: Any, measured: Callable[[int], None]) -> Measurement | None:
+        """The base, in whatever precision; None without rows."""
+
+    def tuned(self, model: Any, measured: Callable[[int], None]) -> Measurement | None:
+        """The model that is trained."""
+
+
+@dataclass(frozen=True)
+class TokenEvaluation:
+    """Of rows that are learnt token by token."""
+
+    rows: Dataset
+    world: World
+
+    def base(self, model: Any, measured: Callable[[int], None]) -> Measurement | None:
+        return measure(model, self.rows, self.world, measured=measured)
+
+    tuned = base
 
 
 def measure(
@@ -59,10 +84,17 @@ def format_perplexity(loss: float) -> str:
     return f"{math.exp(loss):.4g}" if loss < 700 else "inf"
 
 
-def batches(rows: Dataset, indices: Sequence[int], batch_tokens: int) -> Iterator[list[dict[str, list[int]]]]:
+def format_number(value: float) -> str:
+    """At most twelve characters."""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+
+
+def batches(
+    rows: Dataset | Sequence[dict[str, Any]], indices: Sequence[int], batch_tokens: int
+) -> Iterator[list[dict[str, Any]]]:
     """Group rows of similar length, so that little is padded; each batch stays under the limit where it can."""
     by_length = sorted(indices, key=lambda index: len(rows[index]["input_ids"]))
-    batch: list[dict[str, list[int]]] = []
+    batch: list[dict[str, Any]] = []
     for index in by_length:
         row = rows[index]
         if batch and (len(batch) + 1) * len(row["input_ids"]) > batch_tokens:
@@ -106,18 +138,32 @@ def supervised_logits(
 
 
 def _sums(model: Any, batch: list[dict[str, list[int]]]) -> tuple[float, int]:
-    """Sum of the losses, and their number. Of rows that are longer than a batch may be, the logits are computed in
-    parts, each with a forward pass of its own: all at once they could be larger than what training itself needs."""
+    """Sum of the losses, and their number."""
     total, tokens = 0.0, 0
+    for losses, _ in _losses(model, batch):
+        total += float(losses.sum())
+        tokens += losses.numel()
+    return total, tokens
+
+
+def row_losses(model: Any, batch: list[dict[str, Any]]) -> torch.Tensor:
+    """Sum of the losses of each row, float64 on the CPU."""
+    sums = torch.zeros(len(batch), dtype=torch.float64)
+    for losses, rows in _losses(model, batch):
+        sums.index_add_(0, rows.cpu(), losses.cpu())
+    return sums
+
+
+def _losses(model: Any, batch: list[dict[str, list[int]]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses of the supervised tokens in float64, and the rows they belong to. Of rows that are longer than a batch may
+    be, the logits are computed in parts, each with a forward pass of its own: all at once they could be larger than
+    what training itself needs."""
     at_once = max(1, BATCH_TOKENS // len(batch))
     for start in range(0, max(len(row["input_ids"]) for row in batch), at_once):
-        logits, targets, _ = supervised_logits(model, batch, slice(start, start + at_once))
+        logits, targets, rows = supervised_logits(model, batch, slice(start, start + at_once))
         if not targets.numel():
             break
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        total += float(losses.double().sum())
-        tokens += targets.numel()
-    return total, tokens
+        yield torch.nn.functional.cross_entropy(logits, targets, reduction="none").double(), rows
 
 
 def _input_device(model: Any) -> torch.device:

@@ -3,6 +3,7 @@
 prepare/job.json                          names the job that all this belongs to
 prepare/plan.json, train.arrow, validation.arrow
 evaluation/base.json                      measured once, never overwritten
+evaluation/reference-<set>.safetensors    what the base says of the pairs, computed once
 train/<attempt>/checkpoints/<step>/…      manifest.json last
 train/<attempt>/final/…                   manifest.json last
 train/<attempt>/checkpoints/<step>/part-<node>-<life>.json   what another pod has added to it
@@ -27,6 +28,11 @@ PUBLISHED = f"{PREPARE}/published.json"
 BASE_EVALUATION = "evaluation/base.json"
 MANIFEST = "manifest.json"
 LOG_FILE = "log.txt"
+
+
+def reference(name: str) -> str:
+    """Log-probabilities of a set's answers under the base."""
+    return f"evaluation/reference-{name}.safetensors"
 
 
 def attempt_prefix(stage: Stage, attempt: int) -> str:

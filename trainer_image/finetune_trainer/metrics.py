@@ -26,6 +26,17 @@ _PROGRESS_GAUGES = [
     ("finetune_trainer_gpu_memory_peak_bytes", "Highest memory use of the first GPU.", "gpu_memory_peak_bytes"),
 ]
 
+#: name, help, field of `Measurement`
+_EVALUATION_GAUGES = [
+    ("finetune_trainer_eval_loss", "Token-weighted loss on the validation rows.", "loss"),
+    (
+        "finetune_trainer_eval_accuracy",
+        "Share of the validation pairs in which the chosen answer has the higher reward.",
+        "accuracy",
+    ),
+    ("finetune_trainer_eval_margin", "Mean reward of the chosen answers less that of the rejected ones.", "margin"),
+]
+
 
 class ReportCollector(Collector):
     def __init__(self, report: Callable[[], Report]) -> None:
@@ -89,14 +100,14 @@ class ReportCollector(Collector):
 def _evaluation(report: Report) -> Iterator[GaugeMetricFamily]:
     if report.evaluation is None:
         return
-    loss = GaugeMetricFamily(
-        "finetune_trainer_eval_loss", "Token-weighted loss on the validation rows.", labels=["model"]
-    )
-    for name in ("base", "quantized_base", "tuned"):
-        measured = getattr(report.evaluation, name)
-        if measured is not None:
-            loss.add_metric([name], float(measured.loss))
-    yield loss
+    for metric, help_text, field in _EVALUATION_GAUGES:
+        family = GaugeMetricFamily(metric, help_text, labels=["model"])
+        for name in ("base", "quantized_base", "tuned"):
+            value = getattr(getattr(report.evaluation, name), field, None)
+            if value is not None:
+                family.add_metric([name], float(value))
+        if family.samples:
+            yield family
 
 
 def _timestamp(text: str) -> float:

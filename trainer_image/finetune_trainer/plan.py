@@ -26,7 +26,7 @@ class SourceFile(ApiModel):
 
 
 class PreparedSet(ApiModel):
-    """One of the two sets of token rows."""
+    """One of the two sets of rows."""
 
     rows: int
     tokens: int

@@ -19,7 +19,8 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from finetune_trainer.data.render import IGNORED
+from finetune_trainer.data.prepared import learnt
+from finetune_trainer.data.token_rows import IGNORED
 from finetune_trainer.evaluate import supervised_logits
 
 ROWS = 16
@@ -40,7 +41,7 @@ def choose(train: Dataset, validation: Dataset, seed: int) -> list[dict[str, lis
     for rows in (validation, train):
         wanted = min(ROWS - len(chosen), len(rows))
         chosen += [rows[index] for index in random.Random(seed).sample(range(len(rows)), wanted)]
-    return [_thinned(row) for row in chosen]
+    return [_thinned(learnt(row)) for row in chosen]
 
 
 def _thinned(row: dict[str, list[int]]) -> dict[str, list[int]]:

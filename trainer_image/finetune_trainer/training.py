@@ -1,4 +1,4 @@
-"""The training loop: TRL's SFTTrainer, with callbacks that report, checkpoint, stop on SIGTERM and watch the loss."""
+"""The training loop: TRL's trainers, with callbacks that report, checkpoint, stop on SIGTERM and watch the loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,11 +23,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.report import StepProgress
-from finetune_api.spec import FineTuneJobSpec, Optimizer
+from finetune_api.spec import DPO, AdapterType, DPOLoss, FineTuneJobSpec, Method, MethodType, Optimizer
+from finetune_api.status import Measurement
 from finetune_trainer import evaluate
 from finetune_trainer.checkpoints import CheckpointUploader
 from finetune_trainer.plan import TrainingPlan
@@ -43,6 +45,13 @@ _OPTIMIZERS = {
     Optimizer.ADAMW_8BIT: "adamw_8bit",
     Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit",
 }
+_DPO_LOSSES = {DPOLoss.SIGMOID: "sigmoid", DPOLoss.IPO: "ipo", DPOLoss.HINGE: "hinge", DPOLoss.ROBUST: "robust"}
+
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns in which TRL looks for what the reference says of a pair."""
+
+Measure = Callable[[Any, Callable[[int], None]], Measurement | None]
+"""Measures a model on the validation rows, and tells how many are done."""
 
 
 class StopSignal:
@@ -71,11 +80,49 @@ def stopped(when: str) -> JobError:
     return JobError(FailureClass.TERMINATED, f"The pod was stopped from outside {when}.")
 
 
-class Trainer(SFTTrainer):
-    """SFTTrainer without what it would write for a hub repository."""
+class _Prepared:
+    """A trainer of rows that are prepared, without what TRL would write for a hub repository."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         return
+
+
+class SFT(_Prepared, SFTTrainer):
+    pass
+
+
+class Preference(_Prepared, DPOTrainer):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if "ref" in getattr(self.model, "peft_config", {}):
+            # A copy of the adapter as it is now. It says what the model without adapter says, and would be saved and
+            # published with it.
+            self.model.delete_adapter("ref")
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """The rows have them already: computed once for all attempts, and without a copy of the base on the disk."""
+        return dataset
+
+
+Trainer = SFT | Preference
+_TRAINERS: dict[type[TrainingArguments], type[Trainer]] = {SFTConfig: SFT, DPOConfig: Preference}
+
+
+def needs_reference(method: Method) -> bool:
+    """Whether what the reference says of the train rows must be known before the first step. With an adapter the
+    reference is the model without it; where all weights are trained, a copy of the base would take a quarter more
+    memory, and a pass over each row in each epoch."""
+    return method.type is MethodType.DPO and method.adapter.type is AdapterType.FULL
+
+
+def with_reference(rows: Dataset, log_probs: torch.Tensor) -> Dataset:
+    """The rows with what the reference says of both answers."""
+    for number, name in enumerate(REFERENCE):
+        rows = rows.add_column(name, log_probs[:, number].tolist())
+    return rows
 
 
 def arguments(
@@ -87,54 +134,66 @@ def arguments(
     compute: str,
     micro_batch_size: int,
     checkpointing: bool,
-) -> SFTConfig:
+) -> TrainingArguments:
     parameters = spec.hyperparameters
     on_cpu = world.device.type == "cpu"
-    return SFTConfig(
-        output_dir=str(output),
-        max_steps=plan.total_steps,
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=parameters.batch_size // (micro_batch_size * world.size),
-        learning_rate=float(plan.learning_rate),
-        lr_scheduler_type=parameters.scheduler.lower(),
-        warmup_steps=round(float(parameters.warmup_ratio) * plan.total_steps),
-        weight_decay=float(parameters.weight_decay),
-        max_grad_norm=float(parameters.max_grad_norm),
-        optim=_OPTIMIZERS[parameters.optimizer],
-        seed=parameters.seed,
-        data_seed=parameters.seed,
-        bf16=compute == "BF16",
-        use_cpu=on_cpu,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        logging_steps=max(1, plan.total_steps // MAX_LOG_ENTRIES),
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        save_strategy="no",  # the callback decides
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        dataloader_pin_memory=not on_cpu,
-        ddp_find_unused_parameters=False,
+    common: dict[str, Any] = {
+        "output_dir": str(output),
+        "max_steps": plan.total_steps,
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": parameters.batch_size // (micro_batch_size * world.size),
+        "learning_rate": float(plan.learning_rate),
+        "lr_scheduler_type": parameters.scheduler.lower(),
+        "warmup_steps": round(float(parameters.warmup_ratio) * plan.total_steps),
+        "weight_decay": float(parameters.weight_decay),
+        "max_grad_norm": float(parameters.max_grad_norm),
+        "optim": _OPTIMIZERS[parameters.optimizer],
+        "seed": parameters.seed,
+        "data_seed": parameters.seed,
+        "bf16": compute == "BF16",
+        "use_cpu": on_cpu,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "logging_steps": max(1, plan.total_steps // MAX_LOG_ENTRIES),
+        "logging_nan_inf_filter": False,  # a loss that is no number must be seen
+        "save_strategy": "no",  # the callback decides
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "max_length": None,  # rows are prepared as long as they may be; nothing is cut here
+        "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,
         # While one process saves, the others wait in a collective. Hangs are the agent's to find.
-        ddp_timeout=24 * 3600,
-    )
+        "ddp_timeout": 24 * 3600,
+    }
+    match spec.method.type:
+        case MethodType.SFT:
+            return SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
+        case MethodType.DPO:
+            settings = spec.method.dpo or DPO()
+            return DPOConfig(
+                **common,
+                beta=float(settings.beta),
+                loss_type=[_DPO_LOSSES[settings.loss]],
+                label_smoothing=float(settings.label_smoothing or 0),
+                precompute_ref_log_probs=needs_reference(spec.method),
+            )
 
 
 def build_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    config: SFTConfig,
+    config: TrainingArguments,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     # TRL turns the adapters of a quantised model to bfloat16 in its constructor; see `models` for why they stay
     # float32.
     trained = {name: tensor.data for name, tensor in model.named_parameters() if tensor.requires_grad}
-    trainer = Trainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    trainer = _TRAINERS[type(config)](
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+    )
     trainer.remove_callback(PrinterCallback)
     for name, tensor in trainer.model.named_parameters():
         if name in trained:
@@ -153,7 +212,7 @@ class LoopCallback(TrainerCallback):
         stop: StopSignal,
         reporter: Reporter | None,
         uploader: CheckpointUploader | None,
-        validation: Dataset,
+        measure: Measure,
     ) -> None:
         self._spec = spec
         self._plan = plan
@@ -161,7 +220,7 @@ class LoopCallback(TrainerCallback):
         self._stop = stop
         self._reporter = reporter
         self._uploader = uploader
-        self._validation = validation
+        self._evaluate = measure
         self._last_save = time.monotonic()
         self._save_started = 0.0
         self._step_started = 0.0
@@ -201,7 +260,7 @@ class LoopCallback(TrainerCallback):
         if self._reporter:
             self._reporter.phase("Evaluating")
         measured = self._reporter.measured if self._reporter else evaluate.unseen
-        result = evaluate.measure(model, self._validation, self._world, measured=measured)
+        result = self._evaluate(model, measured)
         if result and self._reporter:
             log.info("step %d: validation loss %s, perplexity %s", state.global_step, result.loss, result.perplexity)
             self._reporter.evaluation(tuned=result)

@@ -137,8 +137,10 @@ def summary(job: FineTuneJob) -> Text:
             "base in 4 bits": status.evaluation.quantized_base,
             "tuned": status.evaluation.tuned,
         }
-        shown = ", ".join(f"{name} {value.perplexity}" for name, value in measured.items() if value)
-        facts.append(("Perplexity", shown))
+        for title, field in (("Perplexity", "perplexity"), ("Accuracy", "accuracy"), ("Margin", "margin")):
+            values = {name: getattr(value, field) for name, value in measured.items() if value}
+            if shown := ", ".join(f"{name} {value}" for name, value in values.items() if value is not None):
+                facts.append((title, shown))
     if status.checkpoint:
         facts.append(("Checkpoint", f"step {status.checkpoint.step}: {status.checkpoint.uri}"))
     if status.restarts and (status.restarts.charged or status.restarts.preemptions):

@@ -61,9 +61,9 @@ def test_null_is_absent(client: Client, tunes: str) -> None:
 STRUCTURE: list[tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = [
     (
         "enum",
-        {"method": {"type": "DPO"}},
+        {"method": {"type": "PPO"}},
         {
-            ("FieldValueNotSupported", "spec.method.type", 'Unsupported value: "DPO": supported values: "SFT"'),
+            ("FieldValueNotSupported", "spec.method.type", 'Unsupported value: "PPO": supported values: "SFT", "DPO"'),
             NOT_CHECKED,
         },
     ),
@@ -274,6 +274,17 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.dataset", {"dataset": {**TRAIN, "columns": {"text": "t"}}}),
     ("spec.dataset.validationSplit", {"dataset": {**TRAIN, "validationSplit": "1.5"}}),
     *(("spec.dataset", {"dataset": {**TRAIN, **wrong}}) for wrong in WRONG_COLUMNS),
+    ("spec", {"dataset": {**TRAIN, "format": "Preference"}}),
+    ("spec", {"dataset": {**TRAIN, "format": "Chat"}, "method": {"type": "DPO"}}),
+    ("spec", {"dataset": {"train": [{**TRAIN["train"][0], "format": "Text"}]}, "method": {"type": "DPO"}}),
+    (
+        "spec",
+        {"dataset": {**TRAIN, "validation": [{"uri": "s3://d/v.json", "format": "Text"}]}, "method": {"type": "DPO"}},
+    ),
+    *(
+        ("spec", {"dataset": {**TRAIN, **setting}, "method": {"type": "DPO"}})
+        for setting in ({"supervised": "All"}, {"supervisedReasoning": "Disabled"}, {"overlong": "Split"})
+    ),
     (
         "spec.dataset.columns",
         {"dataset": {**TRAIN, "format": "Preference", "columns": {"messages": "m", "prompt": "p"}}},
@@ -281,6 +292,15 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.method.adapter", {"method": {"adapter": {**LORA, "quantization": {}}}}),
     ("spec.method.adapter", {"method": {"adapter": {"type": "Full", "lora": {}}}}),
     ("spec.method.adapter.lora.dropout", {"method": {"adapter": {"lora": {"dropout": "2"}}}}),
+    ("spec.method", {"method": {"dpo": {}}}),
+    ("spec.method", {"method": {"type": "DPO", "adapter": {**LORA, "lora": {"dropout": "0.1"}}}}),
+    ("spec.method.dpo", {"method": {"type": "DPO", "dpo": {"loss": "Robust"}}}),
+    ("spec.method.dpo", {"method": {"type": "DPO", "dpo": {"labelSmoothing": "0.1"}}}),
+    ("spec.method.dpo.beta", {"method": {"type": "DPO", "dpo": {"beta": "much"}}}),
+    ("spec.method.dpo.beta", {"method": {"type": "DPO", "dpo": {"beta": "0.0"}}}),
+    ("spec.method.dpo.labelSmoothing", {"method": {"type": "DPO", "dpo": {"loss": "Robust", "labelSmoothing": "0"}}}),
+    ("spec.method.dpo.labelSmoothing", {"method": {"type": "DPO", "dpo": {"loss": "Robust", "labelSmoothing": "0.5"}}}),
+    ("spec", {"method": {"type": "DPO"}, "dataset": {**TRAIN, "format": "Chat"}}),
     (
         "spec",
         {"method": {"adapter": {"type": "Full"}}, "output": {"uri": "s3://models/out", "artifacts": ["Adapter"]}},

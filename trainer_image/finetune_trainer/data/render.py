@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -24,21 +24,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import OverlongPolicy, Supervised
-from finetune_trainer.data.examples import Conversation, Message, Text
+from finetune_trainer.data.examples import Conversation, Example, Judged, Message, Preference, Text
 from finetune_trainer.data.rows import RowError
-
-IGNORED = -100
-"""Label of a token that is not learnt, as torch's cross entropy has it."""
+from finetune_trainer.data.token_rows import IGNORED, LabelledRow, PairRow, PreparedRow, TokenRow
 
 TEMPLATE_DATE = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
 """What a template is told as today's date: the same data must give the same tokens tomorrow. It is in the manifest."""
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    input_ids: list[int]
-    labels: list[int]
-    """As long as input_ids; IGNORED where nothing is learnt."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +67,8 @@ class _Span:
 @dataclass(frozen=True)
 class _Rendered:
     text: str
-    spans: list[_Span]
-    """What is learnt of it."""
+    spans: list[_Span] | None
+    """What is learnt of it; None for all."""
     unlearnt: list[_Span] = field(default_factory=list)
     """What is not, within those."""
 
@@ -103,12 +94,25 @@ class Renderer:
         """Tokens that end an assistant turn; generation_config must name them."""
         return sorted(self._stop_ids)
 
-    def rows(self, example: Conversation | Text) -> list[TokenRow]:
-        """The token rows of one example; most have one, and one that was dropped for its length has none.
+    def rows(self, example: Example) -> Sequence[PreparedRow]:
+        """The rows of one example; most have one, and one that was dropped for its length has none.
 
         Raises:
             RowError: the example cannot be used.
             JobError: ModelError, when the model cannot be used with any such example.
+        """
+        match example:
+            case Preference():
+                return self._pair(example)
+            case Judged():
+                return self._judged(example)
+            case _:
+                return self.token_rows(example)
+
+    def token_rows(self, example: Conversation | Text) -> list[TokenRow]:
+        """
+        Raises:
+            RowError, JobError: as `rows`.
         """
         rows = list(self._text_rows(example) if isinstance(example, Text) else self._turn_rows(example))
         self.counts.split_conversations += len(rows) > 1
@@ -142,20 +146,20 @@ class Renderer:
 
     # Conversations
 
-    def _turn_rows(self, conversation: Conversation) -> Iterator[TokenRow]:
-        for rendered in self._rendered(conversation):
+    def _turn_rows(self, conversation: Conversation, supervised: Supervised | None = None) -> Iterator[TokenRow]:
+        for rendered in self._rendered(conversation, supervised or self._rules.supervised):
             yield self._labelled(rendered)
 
-    def _rendered(self, conversation: Conversation) -> Iterator[_Rendered]:
+    def _rendered(self, conversation: Conversation, supervised: Supervised) -> Iterator[_Rendered]:
         """Rendered texts with the character spans of what is learnt."""
         messages = conversation.messages
-        if self._rules.supervised is Supervised.ALL:
+        if supervised is Supervised.ALL:
             text = self._render(messages, conversation.tools)
             _require_all(text, conversation)
-            yield _Rendered(text, [_Span(0, len(text))])
+            yield _Rendered(text, None)
             return
         learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
-        if self._rules.supervised is Supervised.LAST_TURN:
+        if supervised is Supervised.LAST_TURN:
             learnt = learnt[-1:]
         whole = self._render(messages, conversation.tools)
         _require_all(whole, conversation)
@@ -223,7 +227,7 @@ class Renderer:
         encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-        if self._rules.supervised is Supervised.ALL:
+        if rendered.spans is None:
             return TokenRow(ids, [IGNORED if i == 0 else token for i, token in enumerate(ids)])
         labels = [IGNORED] * len(ids)
         for span in rendered.spans:
@@ -257,6 +261,52 @@ class Renderer:
             elif stop is not None and text[slice(*offsets[i])].strip():
                 break
         return stop
+
+    # Preferences
+
+    def _pair(self, example: Preference) -> list[PairRow]:
+        chosen = self._answer(example.prompt, example.chosen)
+        rejected = self._answer(example.prompt, example.rejected)
+        # A tokenizer may join the end of the prompt with the beginning of an answer, which such a token belongs to.
+        start = min(_start(chosen), _start(rejected), _common(chosen.input_ids, rejected.input_ids))
+        fitting = [self._fitted(row.input_ids, start) for row in (chosen, rejected)]
+        if not all(fitting):
+            return []
+        prompt, (better, worse) = chosen.input_ids[:start], (ids[start:] for ids in fitting)
+        if better == worse:
+            raise RowError("has the same answer as chosen and as rejected")
+        return [PairRow(prompt, better, worse)]
+
+    def _judged(self, example: Judged) -> list[LabelledRow]:
+        row = self._answer(example.prompt, example.completion)
+        start = _start(row)
+        ids = self._fitted(row.input_ids, start)
+        return [LabelledRow(ids[:start], ids[start:], example.desirable)] if ids else []
+
+    def _answer(self, prompt: Conversation, answer: Sequence[Message]) -> TokenRow:
+        """A prompt with one answer, of which only the answer is learnt, up to its stop token: what some templates write
+        behind it is never generated."""
+        if len(answer) != 1:
+            raise RowError("has an answer of several messages")
+        messages = (*prompt.messages, replace(answer[0], learnt=True))
+        (row,) = self._turn_rows(Conversation(messages, prompt.tools), Supervised.LAST_TURN)
+        end = max(i for i, label in enumerate(row.labels) if label != IGNORED) + 1
+        return TokenRow(row.input_ids[:end], row.labels[:end])
+
+    def _fitted(self, ids: list[int], start: int) -> list[int]:
+        """A prompt with its answer, which begins at `start`; empty when it was dropped for its length."""
+        length = self._rules.max_length
+        if len(ids) <= length:
+            return ids
+        if self._rules.overlong is OverlongPolicy.FAIL:
+            raise RowError(f"is longer than {length} tokens (dataset.maxLength)")
+        self.counts.overlong += 1
+        if self._rules.overlong is OverlongPolicy.TRUNCATE and start < length:
+            self.counts.truncated += 1
+            self.counts.truncated_tokens += len(ids) - length
+            return ids[:length]
+        self.counts.dropped += 1
+        return []
 
     # Rows that are too long
 
@@ -318,6 +368,17 @@ class Renderer:
         if any(len(row.input_ids) > self._rules.max_length for row in rows):
             return None
         return [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+
+
+def _start(row: TokenRow) -> int:
+    """Where the answer begins."""
+    return next(i for i, label in enumerate(row.labels) if label != IGNORED)
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
 
 
 def _require_all(text: str, conversation: Conversation) -> None:

@@ -7,26 +7,20 @@ usable, do the data exist, is every row usable.
 from __future__ import annotations
 
 import logging
-import random
-from array import array
-from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.names import OWNER_FILE
-from finetune_api.spec import AdapterType, Artifact, DataFile, Dataset, OutputDtype
+from finetune_api.spec import AdapterType, Artifact, Dataset, MethodType, OutputDtype
 from finetune_api.status import DatasetResult
 from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
-from finetune_trainer.data import prepared, sources
-from finetune_trainer.data.examples import Judged, Preference
-from finetune_trainer.data.formats import RowFormat, row_format
+from finetune_trainer.data import pipeline, sources
 from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
-from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, Rules, TokenRow
-from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
+from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, Rules
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.manifest import find_published, report_published, require_free
 from finetune_trainer.plan import DataPlan, PreparedSet, SourceFile, TrainingPlan, load_plan
@@ -39,10 +33,8 @@ log = logging.getLogger(__name__)
 
 PROBE = "prepare/write-probe"
 OUTPUT_PROBE = ".finetune/write-probe"
-DEFAULT_SPLIT = 0.05
-DEFAULT_SPLIT_MAX_ROWS = 200
-DEFAULT_SPLIT_MIN_ROWS = 40
-"""Fewer train rows than this are not split unless the user says so: a handful of rows would measure nothing."""
+LEARNING_RATES = {MethodType.SFT: ("2e-5", "2e-4"), MethodType.DPO: ("1e-6", "1e-5")}
+"""Where none is given: for all weights, and for an adapter, which is small and begins at zero."""
 
 
 def run(document: JobDocument, disk: PodDisk, reporter: Reporter) -> None:
@@ -125,29 +117,18 @@ def _prepare(
     validation_files = sources.download(validation_sources, disk.data / "validation", document.storage)
 
     reporter.phase("Tokenizing")
-    rows = _Rows(spec.dataset, renderer)
-    train_path, validation_path = disk.data / TRAIN_FILE, disk.data / VALIDATION_FILE
-    both = disk.data / "all.arrow"
-    train = prepared.write_rows(rows.token_rows(train_files, spec.dataset.train), both)
-    examples = rows.example_count
-    if validation_sources:
-        measured = rows.token_rows(validation_files, spec.dataset.validation or [])
-        validation = prepared.write_rows(measured, validation_path)
-    rows.check()
-    held_out: set[int] = set()
-    if not validation_sources:
-        held_out = _held_out(examples, spec.dataset.validation_split, spec.hyperparameters.seed)
-        validation = prepared.write_rows(_select(both, rows.examples, held_out.__contains__), validation_path)
-    if held_out or sources.is_weighted(spec.dataset.train):
-        learnt = sources.copies(rows.sources[:examples], spec.dataset.train, held_out, spec.hyperparameters.seed)
-        train = prepared.write_rows(_select(both, rows.examples, learnt.__getitem__), train_path)
-        both.unlink()
-    else:
-        both.replace(train_path)
-    _require_rows(train, validation, spec.dataset)
+    data = pipeline.prepare(
+        spec.dataset,
+        spec.method.type,
+        spec.hyperparameters.seed,
+        renderer,
+        train_files,
+        validation_files,
+        disk.data,
+    )
 
     reporter.phase("Uploading")
-    steps_per_epoch = ceil(train.rows / spec.hyperparameters.batch_size)
+    steps_per_epoch = ceil(data.train.rows / spec.hyperparameters.batch_size)
     plan = TrainingPlan(
         document_digest=document.digest,
         model=model.pin,
@@ -155,18 +136,18 @@ def _prepare(
         parameters=model.parameters,
         weight_dtype=model.dtype,
         data=DataPlan(
-            format=", ".join(sorted(rows.formats)),
+            format=", ".join(data.formats),
             train_sources=train_sources,
             validation_sources=validation_sources,
-            skipped_rows=rows.problems.count,
+            skipped_rows=data.problems.count,
             split_conversations=renderer.counts.split_conversations,
             template_date=TEMPLATE_DATE.date().isoformat(),
-            train=_store(work, train, train_path),
-            validation=_store(work, validation, validation_path),
+            train=_store(work, data.train, disk.data / TRAIN_FILE),
+            validation=_store(work, data.validation, disk.data / VALIDATION_FILE),
         ),
         stop_ids=renderer.stop_ids,
         total_steps=spec.hyperparameters.max_steps or steps_per_epoch * (spec.hyperparameters.epochs or 3),
-        learning_rate=spec.hyperparameters.learning_rate or ("2e-5" if full else "2e-4"),
+        learning_rate=spec.hyperparameters.learning_rate or LEARNING_RATES[spec.method.type][0 if full else 1],
         artifacts=[str(item) for item in artifacts],
         dtype=model.dtype if spec.output.dtype is OutputDtype.AUTO else str(spec.output.dtype),
     )
@@ -203,83 +184,6 @@ def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
         reasoning=dataset.supervised_reasoning == "Enabled",
     )
     return Renderer(tokenizer, generation, rules)
-
-
-class _Rows:
-    """Streams token rows out of files, counting what cannot be used."""
-
-    def __init__(self, dataset: Dataset, renderer: Renderer) -> None:
-        self._dataset = dataset
-        self._renderer = renderer
-        self.problems = Problems(dataset.invalid_rows.policy, dataset.invalid_rows.limit)
-        self.formats: set[str] = set()
-        self.seen = 0
-        self.example_count = 0
-        self.examples = array("L")
-        """For each token row the number of its example: rows of one conversation stay on one side of a split."""
-        self.sources = array("H")
-        """For each example the number of its source."""
-
-    def token_rows(self, files: list[tuple[str, Path]], entries: Sequence[DataFile]) -> Iterator[TokenRow]:
-        for name, path in files:
-            number = sources.entry_of(name, entries)
-            asked = entries[number] if entries[number].format else self._dataset
-            shape: RowFormat | None = None
-            for row in read_rows(path, name):
-                self.seen += 1
-                if isinstance(row, BadRow):
-                    self.problems.add(row)
-                    continue
-                if shape is None:
-                    shape = row_format(asked.format or self._dataset.format, asked.columns, row)
-                    self.formats.add(str(shape.format))
-                yield from self._rows_of(row, shape, number)
-
-    def _rows_of(self, row: Row, shape: RowFormat, source: int) -> Iterator[TokenRow]:
-        try:
-            example = shape.parse(row)
-            if isinstance(example, Preference | Judged):
-                raise RowError(f"is of format {shape.format}, which method.type SFT does not learn from")
-            rows = self._renderer.rows(example)
-        except RowError as error:
-            self.problems.add(BadRow(row.file, row.number, str(error)))
-            return
-        self.examples.extend([self.example_count] * len(rows))
-        self.sources.append(source)
-        self.example_count += 1
-        yield from rows
-
-    def check(self) -> None:
-        self.problems.check(self.seen)
-
-
-def _held_out(examples: int, split: str | None, seed: int) -> set[int]:
-    """The examples that are measured instead of learnt."""
-    if split is None:
-        count = min(DEFAULT_SPLIT_MAX_ROWS, round(examples * DEFAULT_SPLIT))
-        count = count if examples >= DEFAULT_SPLIT_MIN_ROWS else 0
-    else:
-        fraction = float(split)
-        count = min(examples - 1, max(1, round(examples * fraction))) if fraction and examples else 0
-    return set(random.Random(seed).sample(range(examples), count))
-
-
-def _select(path: Path, examples: array[int], copies: Callable[[int], int]) -> Iterator[TokenRow]:
-    """The rows of a set as often as `copies` says of their example."""
-    rows = prepared.read_rows(path)
-    for number in range(len(rows)):
-        for _ in range(copies(examples[number])):
-            row = rows[number]
-            yield TokenRow(row["input_ids"], row["labels"])
-
-
-def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -> None:
-    if train.rows == 0:
-        raise JobError(FailureClass.DATA_ERROR, "dataset.train has no usable row. Upload rows to learn from.")
-    if dataset.validation and validation.rows == 0:
-        raise JobError(
-            FailureClass.DATA_ERROR, "dataset.validation has no usable row. Upload rows, or remove dataset.validation."
-        )
 
 
 def _store(work: Folder, summary: SetSummary, path: Path) -> PreparedSet:

@@ -23,15 +23,17 @@ from transformers import AutoTokenizer, set_seed
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.report import Report
-from finetune_api.spec import AdapterType
-from finetune_api.status import EvaluationResult, Measurement, Resolved
-from finetune_trainer import bundle, evaluate, layout, models, probe, quantized, training
+from finetune_api.spec import DPO, AdapterType, MethodType
+from finetune_api.status import EvaluationResult, Resolved
+from finetune_trainer import bundle, evaluate, layout, models, preference, probe, quantized, training
 from finetune_trainer.bundle import BundleFile
 from finetune_trainer.checkpoints import CheckpointUploader
 from finetune_trainer.data import prepared
+from finetune_trainer.evaluate import Evaluation, TokenEvaluation
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.manifest import installed_versions
 from finetune_trainer.plan import TrainingPlan
+from finetune_trainer.preference import PairEvaluation
 from finetune_trainer.reporting import Reporter
 from finetune_trainer.stages import fetch
 from finetune_trainer.storage import Folder, open_folder
@@ -97,7 +99,10 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
         )
         reporter.phase("Loading")
 
-    base = _BaseMeasurement(document, work, world, reporter)
+    evaluation: Evaluation = TokenEvaluation(validation_rows, world)
+    if spec.method.type is MethodType.DPO:
+        evaluation = PairEvaluation(validation_rows, world, spec.method.dpo or DPO(), compute)
+    base = _BaseMeasurement(work, evaluation, reporter)
     quantizes = spec.method.adapter.type is AdapterType.QLORA
     if quantizes and base.missing and len(validation_rows):
         # The float base is measured on its own, and its memory given back, before the 4-bit one is loaded. Where there
@@ -106,13 +111,19 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
         if too_large:
             log.warning("the base in %s does not fit into the GPU; only the base in 4 bits is measured", compute)
         else:
-            base.measure_float(models.load_base(disk.base, compute, world), validation_rows)
+            base.measure_float(models.load_base(disk.base, compute, world))
     stop.check()
     set_seed(spec.hyperparameters.seed)
     model = models.load_for_training(disk.base, spec, compute, world)
     stop.check()
+    if isinstance(evaluation, PairEvaluation):
+        # Before a checkpoint is loaded: now the model is its own reference.
+        evaluation.reference = _reference("validation", validation_rows, model, evaluation, work, reporter)
+        if training.needs_reference(spec.method):
+            reference = _reference("train", train_rows, model, evaluation, work, reporter)
+            train_rows = training.with_reference(train_rows, reference)
     if base.missing or base.quantized_missing(quantizes):
-        base.measure_loaded(model, validation_rows, quantized=quantizes)
+        base.measure_loaded(model, quantized=quantizes)
     stop.check()
 
     handover = _Handover(document, disk, work) if reporter else None
@@ -122,7 +133,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     node, local_rank = divmod(world.rank, document.processes)
     life = int(world.of_main(secrets.randbits(32)))
     uploader = CheckpointUploader(work, document, reporter, facts, node, life) if local_rank == 0 else None
-    callback = training.LoopCallback(spec, plan, world, stop, reporter, uploader, validation_rows)
+    callback = training.LoopCallback(spec, plan, world, stop, reporter, uploader, evaluation.tuned)
     tokenizer = AutoTokenizer.from_pretrained(disk.base, local_files_only=True)
     trainer = training.build_trainer(model, tokenizer, train_rows, config, [callback])
     resume = disk.checkpoint if disk.checkpoint.is_dir() else None
@@ -144,7 +155,7 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     if reporter:
         reporter.phase("Evaluating")
     measured = reporter.measured if reporter else evaluate.unseen
-    tuned = evaluate.measure(trainer.model, validation_rows, world, measured=measured)
+    tuned = evaluation.tuned(trainer.model, measured)
     if reporter:
         reporter.evaluation(tuned=tuned)
         if tuned:
@@ -158,13 +169,31 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     return trainer
 
 
+def _reference(
+    name: str, rows: Dataset, model: Any, evaluation: PairEvaluation, work: Folder, reporter: Reporter | None
+) -> torch.Tensor:
+    """What the base says of a set's pairs. It is stored, so that all attempts have the same and only the first one
+    computes it."""
+    key = layout.reference(name)
+    # Another process may be ahead, so that all do what one of them has to do.
+    (missing,) = evaluation.world.any(work.stat(key) is None)
+    if not missing:
+        return preference.decode(work.read(key))
+    if reporter:
+        reporter.phase("MeasuringBase")
+    found = evaluation.log_probs(model, rows, reporter.measured if reporter else evaluate.unseen)
+    if reporter:
+        work.write(key, preference.encode(found))
+    return found
+
+
 class _BaseMeasurement:
     """The base measured before the first step of the first attempt, and stored: a resumed attempt must not measure a
     tuned model as the base."""
 
-    def __init__(self, document: JobDocument, work: Folder, world: World, reporter: Reporter | None) -> None:
+    def __init__(self, work: Folder, evaluation: Evaluation, reporter: Reporter | None) -> None:
         self._work = work
-        self._world = world
+        self._evaluation = evaluation
         self._reporter = reporter
         self._result = EvaluationResult()
         if work.stat(layout.BASE_EVALUATION) is not None:
@@ -178,22 +207,21 @@ class _BaseMeasurement:
     def quantized_missing(self, quantizes: bool) -> bool:
         return quantizes and self._result.quantized_base is None
 
-    def measure_float(self, model: Any, rows: Dataset) -> None:
-        self._measure(model, rows, "base")
+    def measure_float(self, model: Any) -> None:
+        self._measure(model, "base")
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def measure_loaded(self, model: Any, rows: Dataset, *, quantized: bool) -> None:
+    def measure_loaded(self, model: Any, *, quantized: bool) -> None:
         """Measure the model that will be trained; its adapter, if any, still does nothing."""
-        self._measure(model, rows, "quantized_base" if quantized else "base")
+        self._measure(model, "quantized_base" if quantized else "base")
 
-    def _measure(self, model: Any, rows: Dataset, name: str) -> None:
+    def _measure(self, model: Any, name: str) -> None:
         if self._reporter:
             self._reporter.phase("MeasuringBase")
-        done = self._reporter.measured if self._reporter else evaluate.unseen
-        result: Measurement | None = evaluate.measure(model, rows, self._world, measured=done)
+        result = self._evaluation.base(model, self._reporter.measured if self._reporter else evaluate.unseen)
         if result is None:
             return
         self._result = self._result.model_copy(update={name: result})

@@ -1,0 +1,209 @@
+"""From data files to the two prepared sets: read, understand, render, split, and leave out what is there twice.
+
+Memory does not grow with the rows but for some bytes for each example.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune_api.failures import FailureClass, JobError
+from finetune_api.spec import METHOD_FORMATS, DataFile, Dataset, DuplicatePolicy, MethodType
+from finetune_trainer.data import duplicates, prepared, sources
+from finetune_trainer.data.formats import RowFormat, row_format
+from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
+from finetune_trainer.data.render import Renderer
+from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
+from finetune_trainer.data.token_rows import PairRow, PreparedRow, RowKind, TokenRow
+
+ROWS: dict[MethodType, RowKind] = {MethodType.SFT: TokenRow, MethodType.DPO: PairRow}
+"""What a method learns from."""
+
+DEFAULT_SPLIT = 0.05
+DEFAULT_SPLIT_MAX_ROWS = 200
+DEFAULT_SPLIT_MIN_ROWS = 40
+"""Fewer train rows than this are not split unless the user says so: a handful of rows would measure nothing."""
+
+Files = Sequence[tuple[str, Path]]
+"""Names that a user knows, and local paths."""
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What was found in one source."""
+
+    uri: str
+    format: str
+    rows: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    train: SetSummary
+    validation: SetSummary
+    problems: Problems
+    train_sources: list[SourceCounts]
+    validation_sources: list[SourceCounts]
+    duplicates: int
+    """Train examples that are equal to another one before them."""
+    leaked: int
+    """Train examples that are in the validation set, too, and are not learnt for that."""
+
+    @property
+    def formats(self) -> list[str]:
+        found = {source.format for source in (*self.train_sources, *self.validation_sources)}
+        return sorted(name for item in found for name in item.split(", ") if name)
+
+
+def prepare(
+    dataset: Dataset, method: MethodType, seed: int, renderer: Renderer, train: Files, validation: Files, folder: Path
+) -> PreparedData:
+    """Write both sets into `folder`.
+
+    Raises:
+        JobError: DataError, when the files or their rows cannot be used.
+    """
+    kind = ROWS[method]
+    rows = _Rows(dataset, method, renderer)
+    train_path, validation_path, both = folder / TRAIN_FILE, folder / VALIDATION_FILE, folder / "all.arrow"
+    learnt = prepared.write_rows(rows.read(train, dataset.train), both, kind)
+    count = rows.count
+    measured = prepared.write_rows(rows.read(validation, dataset.validation or []), validation_path, kind)
+    rows.problems.check(rows.seen)
+    of_train, of_validation = rows.digests[:count], rows.digests[count:]
+    again = duplicates.repeated(of_train)
+    held: set[int] = set()
+    if not validation:
+        held = held_out(np.flatnonzero(~again), dataset.validation_split, seed)
+        of_validation = array("Q", (of_train[example] for example in held))
+        measured = prepared.write_rows(_select(both, kind, rows.owners, held.__contains__), validation_path, kind)
+    leaked = duplicates.among(of_train, of_validation)
+    leaked[list(held)] = False
+    left_out = {*held, *map(int, np.flatnonzero(leaked))}
+    if dataset.duplicates is DuplicatePolicy.REMOVE:
+        left_out.update(map(int, np.flatnonzero(again)))
+    if left_out or sources.is_weighted(dataset.train):
+        copies = sources.copies(rows.sources[:count], dataset.train, left_out, seed)
+        learnt = prepared.write_rows(_select(both, kind, rows.owners, copies.__getitem__), train_path, kind)
+        both.unlink()
+    else:
+        both.replace(train_path)
+    _require_rows(learnt, measured, dataset)
+    return PreparedData(
+        train=learnt,
+        validation=measured,
+        problems=rows.problems,
+        train_sources=rows.found[: len(dataset.train)],
+        validation_sources=rows.found[len(dataset.train) :],
+        duplicates=int(again.sum()),
+        leaked=int(leaked.sum()),
+    )
+
+
+class _Rows:
+    """Streams prepared rows out of files, counting what cannot be used."""
+
+    def __init__(self, dataset: Dataset, method: MethodType, renderer: Renderer) -> None:
+        self._dataset = dataset
+        self._method = method
+        self._renderer = renderer
+        self.problems = Problems(dataset.invalid_rows.policy, dataset.invalid_rows.limit)
+        self.seen = 0
+        self.count = 0
+        """Examples."""
+        self.owners = array("L")
+        """For each prepared row the number of its example: rows of one conversation stay on one side of a split."""
+        self.sources = array("H")
+        """For each example the number of its source."""
+        self.digests = array("Q")
+        """For each example what tells it from others."""
+        self.found: list[SourceCounts] = []
+
+    def read(self, files: Files, entries: Sequence[DataFile]) -> Iterator[PreparedRow]:
+        """The rows of all files; what each source held is in `found` when they are over."""
+        formats: list[set[str]] = [set() for _ in entries]
+        rows, examples = [0] * len(entries), [0] * len(entries)
+        for name, path in files:
+            number = sources.entry_of(name, entries)
+            seen, count = self.seen, self.count
+            yield from self._read_file(name, path, entries[number], number, formats[number])
+            rows[number] += self.seen - seen
+            examples[number] += self.count - count
+        for number, entry in enumerate(entries):
+            shown = ", ".join(sorted(formats[number]))
+            self.found.append(SourceCounts(entry.uri, shown, rows[number], examples[number]))
+
+    def _read_file(
+        self, name: str, path: Path, entry: DataFile, number: int, formats: set[str]
+    ) -> Iterator[PreparedRow]:
+        asked = entry if entry.format else self._dataset
+        shape: RowFormat | None = None
+        for row in read_rows(path, name):
+            self.seen += 1
+            if isinstance(row, BadRow):
+                self.problems.add(row)
+                continue
+            if shape is None:
+                shape = row_format(asked.format or self._dataset.format, asked.columns, row)
+                self._require_learnable(name, shape)
+                formats.add(str(shape.format))
+            yield from self._rows_of(row, shape, number)
+
+    def _require_learnable(self, name: str, shape: RowFormat) -> None:
+        learnable = METHOD_FORMATS[self._method]
+        if shape.format not in learnable:
+            raise JobError(
+                FailureClass.DATA_ERROR,
+                f"{name}: its rows are of format {shape.format}, and method.type {self._method} learns from "
+                f"{', '.join(learnable)}. Choose another method, or name the format of the rows in dataset.format.",
+            )
+
+    def _rows_of(self, row: Row, shape: RowFormat, source: int) -> Iterator[PreparedRow]:
+        try:
+            rows = self._renderer.rows(shape.parse(row))
+        except RowError as error:
+            self.problems.add(BadRow(row.file, row.number, str(error)))
+            return
+        if not rows:
+            return  # too long, and counted
+        self.owners.extend([self.count] * len(rows))
+        self.sources.append(source)
+        self.digests.append(duplicates.digest(rows))
+        self.count += 1
+        yield from rows
+
+
+def held_out(examples: Sequence[int], split: str | None, seed: int) -> set[int]:
+    """The examples that are measured instead of learnt."""
+    total = len(examples)
+    if split is None:
+        count = min(DEFAULT_SPLIT_MAX_ROWS, round(total * DEFAULT_SPLIT))
+        count = count if total >= DEFAULT_SPLIT_MIN_ROWS else 0
+    else:
+        fraction = float(split)
+        count = min(total - 1, max(1, round(total * fraction))) if fraction and total else 0
+    return {int(examples[place]) for place in random.Random(seed).sample(range(total), count)}
+
+
+def _select(path: Path, kind: RowKind, owners: array[int], copies: Callable[[int], int]) -> Iterator[PreparedRow]:
+    """The rows of a set as often as `copies` says of their example."""
+    rows = prepared.read_rows(path)
+    for number in range(len(rows)):
+        for _ in range(copies(owners[number])):
+            yield kind(**rows[number])
+
+
+def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -> None:
+    if train.rows == 0:
+        raise JobError(FailureClass.DATA_ERROR, "dataset.train has no usable row. Upload rows to learn from.")
+    if dataset.validation and validation.rows == 0:
+        raise JobError(
+            FailureClass.DATA_ERROR, "dataset.validation has no usable row. Upload rows, or remove dataset.validation."
+        )
