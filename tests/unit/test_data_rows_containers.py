@@ -287,6 +287,7 @@ class TestParquet:
         assert [value["kind"] for value in found] == ["a", "b", "a"]
         assert [value["tags"] for value in found] == [{"x": 1}, {}, None]
         assert {value["nothing"] for value in found} == {None}
+        assert {value["seen"] for value in found} == {1_767_225_600_000_000_001}
 
     def test_row_groups_and_batches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rows, "PARQUET_BATCH_ROWS", 7)
@@ -310,6 +311,26 @@ class TestParquet:
         damaged[len(whole) // 2] ^= 0xFF
         for data in (whole[:-1], whole[: len(whole) // 2], whole[:6], bytes(damaged)):
             assert "is a Parquet file that is damaged or cut off" in refused(tmp_path / "rows.parquet", data)
+
+    def test_one_letter_that_is_another(self, tmp_path: Path) -> None:
+        whole = parquet(
+            [{"text": "a" * 500}],
+            compression="none",
+            write_page_checksum=True,
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        assert len(read(tmp_path / "rows.parquet", whole)) == 1
+        assert "that is damaged or cut off" in refused(
+            tmp_path / "rows.parquet", whole.replace(b"a" * 400, b"a" * 399 + b"b", 1)
+        )
+
+    def test_fewer_rows_than_it_says(self, tmp_path: Path) -> None:
+        whole = parquet(VALUES)
+        # The number of rows, 300, before the list of row groups.
+        assert whole.count(b"\x16\xd8\x04\x19") == 1
+        damaged = whole.replace(b"\x16\xd8\x04\x19", b"\x16\xda\x04\x19")
+        assert "says that it has 301 rows (after row 300)" in refused(tmp_path / "rows.parquet", damaged)
 
     def test_a_column_twice(self, tmp_path: Path) -> None:
         table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
