@@ -212,7 +212,7 @@ def failures(up: LocalUp, read_only: str, tiny_model: Path) -> dict[str, dict[st
         "no server": {"storage": {"endpoint": "http://127.0.0.1:9"}, "failurePolicy": {"maxRestarts": 0}},
         "empty data": data("s3://datasets/empty.jsonl"),
         "blank data": data("s3://datasets/blank.jsonl"),
-        "not what its ending says": data("s3://datasets/rows.parquet"),
+        "damaged data": data("s3://datasets/rows.parquet"),
         "unknown columns": data("s3://datasets/columns.jsonl"),
         "more bad rows than allowed": data(
             "s3://datasets/rows-not-json.jsonl", invalidRows={"policy": "Skip", "limit": 1}
@@ -267,7 +267,7 @@ EXPECTED: dict[str, tuple[str, int, list[str]]] = {
     "no server": ("StorageUnavailable", 69, ["storage.endpoint"]),
     "empty data": ("DataError", 65, ["s3://datasets/empty.jsonl is empty"]),
     "blank data": ("DataError", 65, ["s3://datasets/blank.jsonl holds no row"]),
-    "not what its ending says": ("DataError", 65, ["rows.parquet", "is no Parquet file"]),
+    "damaged data": ("DataError", 65, ["rows.parquet is a Parquet file that is damaged or cut off. Upload"]),
     "unknown columns": ("DataError", 65, ["Set dataset.format and dataset.columns"]),
     "more bad rows than allowed": ("DataError", 65, ["2 of 3 rows", "dataset.invalidRows.limit is 1"]),
     "no config": ("ModelError", 66, ["config.json"]),
