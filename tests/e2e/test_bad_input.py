@@ -212,7 +212,7 @@ def failures(up: LocalUp, read_only: str, tiny_model: Path) -> dict[str, dict[st
         "no server": {"storage": {"endpoint": "http://127.0.0.1:9"}, "failurePolicy": {"maxRestarts": 0}},
         "empty data": data("s3://datasets/empty.jsonl"),
         "blank data": data("s3://datasets/blank.jsonl"),
-        "unknown ending": data("s3://datasets/rows.parquet"),
+        "damaged data": data("s3://datasets/rows.parquet"),
         "unknown columns": data("s3://datasets/columns.jsonl"),
         "more bad rows than allowed": data(
             "s3://datasets/rows-not-json.jsonl", invalidRows={"policy": "Skip", "limit": 1}
@@ -266,8 +266,8 @@ EXPECTED: dict[str, tuple[str, int, list[str]]] = {
     "no right to write": ("AccessDenied", 77, ["s3:PutObject"]),
     "no server": ("StorageUnavailable", 69, ["storage.endpoint"]),
     "empty data": ("DataError", 65, ["s3://datasets/empty.jsonl is empty"]),
-    "blank data": ("DataError", 65, ["no usable row"]),
-    "unknown ending": ("DataError", 65, ["Use a .jsonl, .json or .csv file"]),
+    "blank data": ("DataError", 65, ["s3://datasets/blank.jsonl holds no row"]),
+    "damaged data": ("DataError", 65, ["rows.parquet is a Parquet file that is damaged or cut off. Upload"]),
     "unknown columns": ("DataError", 65, ["Set dataset.format and dataset.columns"]),
     "more bad rows than allowed": ("DataError", 65, ["2 of 3 rows", "dataset.invalidRows.limit is 1"]),
     "no config": ("ModelError", 66, ["config.json"]),

@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import subprocess
 import sys
 import zipfile
@@ -287,6 +286,7 @@ class TestParquet:
         assert [value["kind"] for value in found] == ["a", "b", "a"]
         assert [value["tags"] for value in found] == [{"x": 1}, {}, None]
         assert {value["nothing"] for value in found} == {None}
+        assert {value["seen"] for value in found} == {1_767_225_600_000_000_001}
 
     def test_row_groups_and_batches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rows, "PARQUET_BATCH_ROWS", 7)
@@ -310,6 +310,26 @@ class TestParquet:
         damaged[len(whole) // 2] ^= 0xFF
         for data in (whole[:-1], whole[: len(whole) // 2], whole[:6], bytes(damaged)):
             assert "is a Parquet file that is damaged or cut off" in refused(tmp_path / "rows.parquet", data)
+
+    def test_one_letter_that_is_another(self, tmp_path: Path) -> None:
+        whole = parquet(
+            [{"text": "a" * 500}],
+            compression="none",
+            write_page_checksum=True,
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        assert len(read(tmp_path / "rows.parquet", whole)) == 1
+        assert "that is damaged or cut off" in refused(
+            tmp_path / "rows.parquet", whole.replace(b"a" * 400, b"a" * 399 + b"b", 1)
+        )
+
+    def test_fewer_rows_than_it_says(self, tmp_path: Path) -> None:
+        whole = parquet(VALUES)
+        # The number of rows, 300, before the list of row groups.
+        assert whole.count(b"\x16\xd8\x04\x19") == 1
+        damaged = whole.replace(b"\x16\xd8\x04\x19", b"\x16\xda\x04\x19")
+        assert "says that it has 301 rows (after row 300)" in refused(tmp_path / "rows.parquet", damaged)
 
     def test_a_column_twice(self, tmp_path: Path) -> None:
         table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
@@ -382,11 +402,12 @@ def test_damaged_parquet_is_rows_or_one_clear_failure(tmp_path: Path, places: li
 PARQUET = parquet(VALUES, row_group_size=100)
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from finetune_trainer.data.rows import read_rows
 count = sum(1 for _ in read_rows(Path(sys.argv[1]), sys.argv[1]))
-print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# The peak in resource.getrusage begins with that of the parent.
+print(count, Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
 
 
@@ -397,7 +418,7 @@ def peak(path: Path) -> tuple[int, int]:
     return count, size
 
 
-@pytest.mark.skipif(os.name != "posix", reason="measures with getrusage")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is in /proc")
 @pytest.mark.parametrize("ending", [".jsonl.zst", ".json", ".csv", ".parquet"])
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None:
     """Twenty times as many rows, 40 MB of them."""
