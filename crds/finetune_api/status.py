@@ -309,6 +309,14 @@ class DatasetResult(ApiModel):
     """Rows to measure with."""
     skipped_rows: Annotated[int, Field(ge=0)] = 0
     """Invalid rows that were left out."""
+    overlong_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows that were longer than dataset.maxLength, and were dropped, truncated or split."""
+    duplicate_rows: Annotated[int, Field(ge=0)] = 0
+    """Train rows that are equal to another one."""
+    leaked_rows: Annotated[int, Field(ge=0)] = 0
+    """Train rows that are in the validation set, too, and are not learnt for that."""
+    report_uri: Annotated[str, StringConstraints(max_length=1100)] | None = None
+    """The data report: counts, lengths, and samples in which what is learnt is marked."""
     train_tokens: Annotated[int, Field(ge=0)]
     """Input tokens in one pass."""
     supervised_tokens: Annotated[int, Field(ge=0)]

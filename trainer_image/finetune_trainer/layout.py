@@ -2,6 +2,7 @@
 
 prepare/job.json                          names the job that all this belongs to
 prepare/plan.json, train.arrow, validation.arrow
+prepare/report.md, report.json            the data report
 evaluation/base.json                      measured once, never overwritten
 evaluation/reference-<set>.safetensors    what the base says of the pairs, computed once
 train/<attempt>/checkpoints/<step>/…      manifest.json last
@@ -23,6 +24,8 @@ from finetune_api.names import ENV_WORK_DIR, WORK_MOUNT, Stage
 
 PREPARE = "prepare"
 PLAN = f"{PREPARE}/plan.json"
+DATA_REPORT = f"{PREPARE}/report.md"
+DATA_REPORT_JSON = f"{PREPARE}/report.json"
 PUBLISHED = f"{PREPARE}/published.json"
 """Exists when prepare found the result of the same specification at output.uri."""
 BASE_EVALUATION = "evaluation/base.json"

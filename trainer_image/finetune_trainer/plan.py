@@ -42,6 +42,9 @@ class DataPlan(ApiModel):
     train_sources: list[SourceFile]
     validation_sources: list[SourceFile]
     skipped_rows: int
+    overlong_rows: int = 0
+    duplicate_rows: int = 0
+    leaked_rows: int = 0
     split_conversations: int
     """Conversations that became one row per assistant turn, because the template rewrites earlier turns."""
     template_date: str

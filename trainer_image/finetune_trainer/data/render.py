@@ -83,11 +83,15 @@ class Renderer:
                 "The model's tokenizer has no tokenizer.json, so that token positions are unknown. Add the fast "
                 "tokenizer to the model folder.",
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = _dated(tokenizer.get_chat_template()) if tokenizer.chat_template else None
         self._rules = rules
         self._stop_ids = _stop_ids(tokenizer, generation)
         self.counts = Counts()
+
+    @property
+    def max_length(self) -> int:
+        return self._rules.max_length
 
     @property
     def stop_ids(self) -> list[int]:
@@ -134,13 +138,13 @@ class Renderer:
     # Text
 
     def _text_rows(self, example: Text) -> Iterator[TokenRow]:
-        ids = list(self._tokenizer(example.text)["input_ids"])
-        if self._tokenizer.eos_token_id is None:
+        ids = list(self.tokenizer(example.text)["input_ids"])
+        if self.tokenizer.eos_token_id is None:
             raise JobError(FailureClass.MODEL_ERROR, "The tokenizer has no eos_token, so that no text could end.")
-        if ids[-1:] != [self._tokenizer.eos_token_id]:
-            ids.append(self._tokenizer.eos_token_id)
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids.append(self.tokenizer.eos_token_id)
         labels = list(ids)
-        if ids[0] == self._tokenizer.bos_token_id and len(ids) > 1:
+        if ids[0] == self.tokenizer.bos_token_id and len(ids) > 1:
             labels[0] = IGNORED
         yield TokenRow(ids, labels)
 
@@ -212,7 +216,7 @@ class Renderer:
                 "add chat_template.jinja to the model folder, or train on plain text (dataset.format: Text).",
             )
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [message.to_template() for message in messages],
                 chat_template=self._template,
                 tools=json.loads(tools) if tools else None,
@@ -224,7 +228,7 @@ class Renderer:
         return str(text)
 
     def _labelled(self, rendered: _Rendered) -> TokenRow:
-        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
         if rendered.spans is None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.names import OWNER_FILE
-from finetune_api.spec import AdapterType, Artifact, Dataset, MethodType, OutputDtype
+from finetune_api.spec import AdapterType, Artifact, Dataset, DuplicatePolicy, MethodType, OutputDtype
 from finetune_api.status import DatasetResult
 from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
-from finetune_trainer.data import pipeline, sources
+from finetune_trainer.data import pipeline, report, sources
 from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
 from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, Rules
 from finetune_trainer.layout import PodDisk
@@ -127,7 +127,21 @@ def _prepare(
         disk.data,
     )
 
+    described = report.build(
+        data,
+        renderer,
+        model=model.folder.uri,
+        method=spec.method.type,
+        weights=[source.weight for source in spec.dataset.train],
+        duplicates_removed=spec.dataset.duplicates is DuplicatePolicy.REMOVE,
+        train=disk.data / TRAIN_FILE,
+        validation=disk.data / VALIDATION_FILE,
+        seed=spec.hyperparameters.seed,
+    )
+
     reporter.phase("Uploading")
+    work.write(layout.DATA_REPORT_JSON, described.encode())
+    work.write(layout.DATA_REPORT, report.to_markdown(described).encode())
     steps_per_epoch = ceil(data.train.rows / spec.hyperparameters.batch_size)
     plan = TrainingPlan(
         document_digest=document.digest,
@@ -140,6 +154,9 @@ def _prepare(
             train_sources=train_sources,
             validation_sources=validation_sources,
             skipped_rows=data.problems.count,
+            overlong_rows=renderer.counts.overlong,
+            duplicate_rows=data.duplicates,
+            leaked_rows=data.leaked,
             split_conversations=renderer.counts.split_conversations,
             template_date=TEMPLATE_DATE.date().isoformat(),
             train=_store(work, data.train, disk.data / TRAIN_FILE),
@@ -207,6 +224,10 @@ def _report(plan: TrainingPlan, document: JobDocument, model: BaseModel, reporte
             train_rows=data.train.rows,
             validation_rows=data.validation.rows,
             skipped_rows=data.skipped_rows,
+            overlong_rows=data.overlong_rows,
+            duplicate_rows=data.duplicate_rows,
+            leaked_rows=data.leaked_rows,
+            report_uri=f"{document.work_uri}/{layout.DATA_REPORT}",
             train_tokens=data.train.tokens,
             supervised_tokens=data.train.supervised_tokens,
             sha256=data.train.sha256,
