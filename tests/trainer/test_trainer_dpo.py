@@ -12,7 +12,7 @@ import torch
 from conftest import Trained
 from preferences import TRAIN_ROWS, VALIDATION_ROWS, pair_rows, sequence_log_prob, softplus, stored
 from safetensors.torch import load_file
-from trainer_lab import Bucket, TestJob, as_json_lines, merged
+from trainer_lab import REPOSITORY, Bucket, TestJob, as_json_lines, merged
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import DPO
@@ -413,6 +413,17 @@ class TestPrepare:
         assert (report.dataset.train_rows, report.dataset.validation_rows) == (18, 6)
         parts = [prepared.read_rows(job.disk("prepare").data / name) for name in ("train.arrow", "validation.arrow")]
         assert len({str(row) for part in parts for row in part}) == TRAIN_ROWS
+
+    def test_the_rows_of_the_example(
+        self, changes: Callable[..., dict[str, Any]], make_job: Callable[..., TestJob], inputs: Bucket
+    ) -> None:
+        inputs.put("data/example.jsonl", REPOSITORY / "examples" / "dpo" / "train.jsonl")
+        own = changes("LoRA")
+        own["dataset"] |= {"train": [{"uri": inputs.uri("data/example.jsonl")}], "validation": None}
+        own["dataset"]["validationSplit"] = "0.2"
+        report = make_job(**own).run("prepare")
+        assert report.dataset is not None
+        assert (report.dataset.train_rows, report.dataset.validation_rows) == (48, 12)
 
     @pytest.mark.parametrize(
         ("row", "reason"),
