@@ -274,7 +274,8 @@ class Measurement(ApiModel):
     """Token-weighted loss on the validation rows, and what the method itself counts."""
 
     loss: _Decimal
-    """Mean negative log-likelihood of the supervised tokens, in nats; of pairs those of the chosen answers."""
+    """Mean negative log-likelihood of the supervised tokens, in nats; where answers are judged, those of the chosen or
+    good ones."""
     perplexity: _Decimal
     """exp(loss)."""
     tokens: Annotated[int, Field(ge=0)]
@@ -282,9 +283,10 @@ class Measurement(ApiModel):
     method_loss: _ShortDecimal | None = None
     """Mean over the rows of the loss that the method minimises, where that is another one."""
     accuracy: _ShortDecimal | None = None
-    """Of pairs: the share in which the chosen answer has the higher reward; a tie counts half."""
+    """Share of the pairs in which the chosen answer has the higher reward, or of the answers whose reward is on the
+    right side of the average; a tie counts half."""
     margin: _ShortDecimal | None = None
-    """Of pairs: mean reward of the chosen answer less that of the rejected one."""
+    """Mean reward of the chosen or good answers less that of the others."""
 
 
 class EvaluationResult(ApiModel):

@@ -16,7 +16,7 @@ from trainer_lab import REPOSITORY, Bucket, TestJob, as_json_lines, merged
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import DPO
-from finetune_trainer import evaluate, models, preference, training
+from finetune_trainer import evaluate, models, preference
 from finetune_trainer.data import prepared
 from finetune_trainer.preference import PairEvaluation
 from finetune_trainer.world import World
@@ -208,7 +208,7 @@ class TestSettings:
     def test_beta(self) -> None:
         ratios, lengths = torch.tensor([[1.0, -1.0]]), torch.tensor([[4.0, 8.0]])
         for beta in (0.1, 0.7):
-            found = preference.losses(ratios, lengths, DPO(beta=str(beta)))
+            found = preference.dpo_losses(ratios, lengths, DPO(beta=str(beta)))
             assert float(found) == pytest.approx(softplus(-2 * beta))
 
     def test_learning_rates(self, changes: Callable[..., dict[str, Any]], make_job: Callable[..., TestJob]) -> None:
@@ -247,25 +247,25 @@ class TestMeasuring:
 
     def test_it_does_not_depend_on_the_batch(self, run: Trained) -> None:
         rows = validation_rows(run)
-        whole = preference.log_probs(run.trainer.model, rows, ALONE)
+        whole = preference.log_probs(run.trainer.model, rows, PairEvaluation.answers, ALONE)
         for tokens in (1, 300):
-            found = preference.log_probs(run.trainer.model, rows, ALONE, tokens)
+            found = preference.log_probs(run.trainer.model, rows, PairEvaluation.answers, ALONE, tokens)
             torch.testing.assert_close(found, whole, rtol=0, atol=1e-4)
 
     def test_processes_share_the_answers(self, run: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = validation_rows(run)
-        whole = preference.log_probs(run.trainer.model, rows, ALONE)
+        whole = preference.log_probs(run.trainer.model, rows, PairEvaluation.answers, ALONE)
         parts: list[list[float]] = []
         monkeypatch.setattr(World, "sum", lambda self, *values: parts.append(list(values)) or list(values))
         for rank in range(3):
-            preference.log_probs(run.trainer.model, rows, World(rank, 3, rank))
+            preference.log_probs(run.trainer.model, rows, PairEvaluation.answers, World(rank, 3, rank))
         assert all(sum(part[answer] != 0 for part in parts) == 1 for answer in range(2 * len(rows)))
         together = torch.tensor([sum(values) for values in zip(*parts, strict=True)], dtype=torch.float64)
         torch.testing.assert_close(together.reshape(-1, 2), whole, rtol=0, atol=1e-4)
 
     def test_without_rows(self, run: Trained) -> None:
         rows = validation_rows(run).select([])
-        evaluation = PairEvaluation(rows, ALONE, DPO(), "F32")
+        evaluation = PairEvaluation(rows, ALONE, "F32", DPO())
         assert evaluation.base(run.trainer.model, lambda done: None) is None
 
 
@@ -352,7 +352,10 @@ class TestResume:
             assert run.trainer.ref_model is None
             keys = run.job.bucket.keys(f"{run.job.work}/evaluation/reference-train")
             assert len(keys) == (adapter == "Full")
-            assert set(training.REFERENCE) <= set(run.trainer.train_dataset.column_names) or adapter != "Full"
+            assert (
+                set(PairEvaluation.reference_columns) <= set(run.trainer.train_dataset.column_names)
+                or adapter != "Full"
+            )
 
 
 def failure(job: TestJob) -> JobError:

@@ -1,6 +1,7 @@
-"""Rows of preferences: two answers to a prompt of which one is better.
+"""Rows of preferences: two answers to a prompt of which one is better, or an answer that is good or bad.
 
-`{"prompt": …, "chosen": …, "rejected": …}`, each a string, or a list of messages; an answer is one assistant message.
+`{"prompt": …, "chosen": …, "rejected": …}` or `{"prompt": …, "completion": …, "label": true}`; prompt and answers are
+strings, or lists of messages; an answer is one assistant message.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from finetune_api.spec import Columns, DataFormat
 from finetune_trainer.data.formats import Conversation, RowFormat
-from finetune_trainer.data.prepared import PairRow
+from finetune_trainer.data.prepared import LabelledRow, PairRow
 from finetune_trainer.data.render import IGNORED, Renderer, TokenRow
 from finetune_trainer.data.rows import Row, RowError
 
@@ -29,6 +30,22 @@ def pair_row(row: Row, renderer: Renderer) -> PairRow:
     # A tokenizer may join the end of the prompt with the beginning of an answer. Such a token belongs to the answer.
     start = min(_start(chosen), _start(rejected), _common(chosen.input_ids, rejected.input_ids))
     return PairRow(chosen.input_ids[:start], chosen.input_ids[start:], rejected.input_ids[start:])
+
+
+def labelled_row(row: Row, renderer: Renderer) -> LabelledRow:
+    """
+    Raises:
+        RowError: the row cannot be used.
+    """
+    label = row.value.get("label")
+    if isinstance(label, str):
+        # A cell of a CSV file.
+        label = {"true": True, "false": False, "1": True, "0": False}.get(label.strip().lower())
+    if label not in (True, False):
+        raise RowError("'label' is neither true nor false" if "label" in row.value else "has no 'label'")
+    rendered = _rendered(_conversation(row, "completion"), renderer)
+    start = _start(rendered)
+    return LabelledRow(rendered.input_ids[:start], rendered.input_ids[start:], bool(label))
 
 
 def _conversation(row: Row, column: str) -> Conversation:

@@ -23,8 +23,16 @@ from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import prepared
 from finetune_trainer.data.formats import row_format
-from finetune_trainer.data.preferences import pair_row
-from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, PairRow, PreparedRow, RowKind, SetSummary
+from finetune_trainer.data.preferences import labelled_row, pair_row
+from finetune_trainer.data.prepared import (
+    TRAIN_FILE,
+    VALIDATION_FILE,
+    LabelledRow,
+    PairRow,
+    PreparedRow,
+    RowKind,
+    SetSummary,
+)
 from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, TokenRow
 from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
 from finetune_trainer.layout import PodDisk
@@ -44,9 +52,17 @@ DEFAULT_SPLIT_MAX_ROWS = 200
 DEFAULT_SPLIT_MIN_ROWS = 40
 """Fewer train rows than this are not split unless the user says so: a handful of rows would measure nothing."""
 
-ROWS: dict[MethodType, RowKind] = {MethodType.SFT: TokenRow, MethodType.DPO: PairRow}
+ROWS: dict[MethodType, RowKind] = {
+    MethodType.SFT: TokenRow,
+    MethodType.DPO: PairRow,
+    MethodType.KTO: LabelledRow,
+}
 """What a method learns from."""
-LEARNING_RATES = {MethodType.SFT: ("2e-5", "2e-4"), MethodType.DPO: ("1e-6", "1e-5")}
+LEARNING_RATES = {
+    MethodType.SFT: ("2e-5", "2e-4"),
+    MethodType.DPO: ("1e-6", "1e-5"),
+    MethodType.KTO: ("1e-6", "1e-5"),
+}
 """Where none is given: for all weights, and for an adapter, which is small and begins at zero."""
 
 
@@ -162,6 +178,8 @@ def _prepare(
         validation = prepared.write_rows(measured, validation_path, kind)
         both.unlink()
     _require_rows(train, validation, spec.dataset)
+    if kind is LabelledRow:
+        _require_labels(train_path, validation_path)
 
     reporter.phase("Uploading")
     steps_per_epoch = ceil(train.rows / spec.hyperparameters.batch_size)
@@ -258,6 +276,9 @@ class _Rows:
         if self._method.type is MethodType.DPO:
             self.formats.add("Preference")
             return lambda row: [pair_row(row, self._renderer)]
+        if self._method.type is MethodType.KTO:
+            self.formats.add("Labelled")
+            return lambda row: [labelled_row(row, self._renderer)]
         shape = row_format(self._dataset.format, self._dataset.columns, first)
         self.formats.add(str(shape.format))
         return lambda row: list(self._renderer.rows(shape.parse(row)))
@@ -302,6 +323,23 @@ def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -
     if dataset.validation and validation.rows == 0:
         raise JobError(
             FailureClass.DATA_ERROR, "dataset.validation has no usable row. Upload rows, or remove dataset.validation."
+        )
+
+
+def _require_labels(train: Path, validation: Path) -> None:
+    """What is good is learnt from what is not, and measured on what is good."""
+    labels = prepared.read_rows(train)["label"]
+    if all(labels) or not any(labels):
+        raise JobError(
+            FailureClass.DATA_ERROR,
+            f"The label of all train rows is {str(labels[0]).lower()}. Add rows with the other label.",
+        )
+    measured = prepared.read_rows(validation)["label"]
+    if len(measured) and not any(measured):
+        raise JobError(
+            FailureClass.DATA_ERROR,
+            "No validation row has the label true, so that nothing could be said of good answers. Add some, or hold "
+            "out more rows.",
         )
 
 
