@@ -71,9 +71,8 @@ class TestTraining:
     def test_it_begins_at_the_base_and_tells_answers_apart(self, kto: Callable[[str], Trained], adapter: str) -> None:
         run = kto(adapter)
         first, last = run.history[0], run.history[-1]
-        # The mean weight, times one half: no answer is rewarded yet. Which rows come first is drawn with the seed.
-        good = round((first["loss"] * 2 * 8 - 8 * 0.5) / (1.5 - 0.5))
-        assert 0 <= good <= 8
+        # The mean weight, times one half: no answer is rewarded yet.
+        good = int(next(iter(run.trainer.get_train_dataloader()))["label"].sum())
         assert first["loss"] == pytest.approx((1.5 * good + 0.5 * (8 - good)) / 8 / 2, abs=1e-4)
         assert first["kl"] == pytest.approx(0, abs=1e-4)
         assert last["rewards/margins"] > 1
@@ -196,6 +195,23 @@ class TestBatches:
         together = stored(Trained(job, run.report, None), "adapter", tmp_path / "two")
         for name, tensor in stored(whole, "adapter", tmp_path / "one").items():
             torch.testing.assert_close(together[name], tensor, rtol=0, atol=5e-4, msg=name)
+
+    def test_what_is_measured_is_what_is_minimised(self, whole: Trained) -> None:
+        """TRL's loss of the validation rows, taken for the rows of one step that is cut in two."""
+        trainer = whole.trainer
+        rows = preference.with_others(validation_rows(whole), 42)
+        with trainer.model.disable_adapter():
+            reference = preference.log_probs(trainer.model, rows, ("completion_ids", OTHER), ALONE)
+        for number, name in enumerate(preference.LabelledEvaluation.reference_columns):
+            rows = rows.add_column(name, reference[:, number].tolist())
+        halves = [trainer.data_collator([rows[i] for i in part]) for part in (range(4), range(4, 8))]
+        batches, _ = trainer.get_batch_samples(iter(halves), 2, ALONE.device)
+        with torch.no_grad():
+            found = sum(float(trainer.compute_loss(trainer.model, batch)) for batch in batches) / 2
+        assert whole.report.evaluation is not None
+        assert whole.report.evaluation.tuned is not None
+        assert float(whole.report.evaluation.tuned.method_loss or "") == pytest.approx(found, abs=2e-4)
+        assert abs(found - 0.5) > 0.01
 
     def test_the_order_of_rows_is_drawn(self, whole: Trained) -> None:
         """TRL asks for a fixed one, because it takes the neighbour's answer."""
