@@ -32,6 +32,7 @@ FILES = {
     "prepare/train.arrow": b"rows",
     "prepare/1/report.json": b"{}",
     "evaluation/base.json": b"{}",
+    "evaluation/reference-train.safetensors": b"x",
     "train/1/checkpoints/10/manifest.json": b"{}",
     "train/1/checkpoints/10/adapter/adapter_model.safetensors": b"x" * 2000,
     "train/1/final/manifest.json": b"{}",

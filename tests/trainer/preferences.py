@@ -58,3 +58,11 @@ def labelled_rows(count: int, start: int = 0) -> list[dict[str, Any]]:
         rows.append({"prompt": pair["prompt"], "completion": pair["chosen"], "label": True})
         rows.append({"prompt": pair["prompt"], "completion": pair["rejected"], "label": False})
     return rows
+
+
+def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """But for rounding. AdamW makes steps of one size, so that rounding may turn one round whose gradient is next to
+    nothing: single numbers may differ by more."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).float().norm() <= 5e-3 * tensor.float().norm(), name

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Trained
 from datasets import Dataset
-from preferences import labelled_rows, sequence_log_prob, stored
+from preferences import labelled_rows, require_same, sequence_log_prob, stored
 from safetensors.torch import load_file
 from trainer_lab import REPOSITORY, Bucket, TestJob, as_json_lines, merged
 
@@ -174,9 +174,7 @@ class TestBatches:
             assert one["loss"] == pytest.approx(eight["loss"], abs=1e-4)
             assert one["kl"] == pytest.approx(eight["kl"], abs=1e-3)
         assert max(entry["kl"] for entry in whole.history) > 0.01
-        weights = dict(cut.trainer.model.named_parameters())
-        for name, tensor in whole.trainer.model.named_parameters():
-            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=5e-4, msg=name)
+        require_same(dict(cut.trainer.model.named_parameters()), dict(whole.trainer.model.named_parameters()))
 
     def test_two_processes(
         self,
@@ -193,8 +191,7 @@ class TestBatches:
         assert whole.report.evaluation is not None
         assert run.report.evaluation.base == whole.report.evaluation.base
         together = stored(Trained(job, run.report, None), "adapter", tmp_path / "two")
-        for name, tensor in stored(whole, "adapter", tmp_path / "one").items():
-            torch.testing.assert_close(together[name], tensor, rtol=0, atol=5e-4, msg=name)
+        require_same(together, stored(whole, "adapter", tmp_path / "one"))
 
     def test_what_is_measured_is_what_is_minimised(self, whole: Trained) -> None:
         """TRL's loss of the validation rows, taken for the rows of one step that is cut in two."""

@@ -100,6 +100,17 @@ class _Compared(_Prepared):
             # A copy of the adapter as it is now. It says what the model without adapter says, and would be saved and
             # published with it.
             self.model.delete_adapter("ref")
+        self._row_weight = 1.0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._row_weight = len(batches) / max(1, sum(len(batch["input_ids"]) for batch in batches))
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last micro-batch of a pass over the rows may be smaller, and the mean of means would weigh its rows more
+        than others."""
+        return super().compute_loss(model, inputs, *args, **kwargs) * (self._row_weight * len(inputs["input_ids"]))
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """The rows have them already: computed once for all attempts, and without a copy of the base on the disk."""
