@@ -47,6 +47,7 @@ NAME_RULES = [
 class MethodType(StrEnum):
     SFT = "SFT"
     DPO = "DPO"
+    KTO = "KTO"
 
 
 class DPOLoss(StrEnum):
@@ -96,6 +97,7 @@ class Supervised(StrEnum):
 METHOD_FORMATS = {
     MethodType.SFT: tuple(name for name in FORMAT_COLUMNS if not name.endswith("Preference")),
     MethodType.DPO: (DataFormat.PREFERENCE,),
+    MethodType.KTO: (DataFormat.UNPAIRED_PREFERENCE,),
 }
 """The formats that a method learns from."""
 
@@ -465,6 +467,17 @@ class DPO(ApiModel):
     """With Robust: the share of the pairs that is expected to be the wrong way round, as a decimal string."""
 
 
+class KTO(ApiModel):
+    """Kahneman-Tversky optimisation."""
+
+    beta: PositiveDecimal = "0.1"
+    """How strongly the model is held to the base, as a decimal string: the larger, the closer it stays."""
+    desirable_weight: PositiveDecimal = "1"
+    """Weight of good answers, as a decimal string. Where one kind is rare, weigh it so that both count alike."""
+    undesirable_weight: PositiveDecimal = "1"
+    """Weight of bad answers, as a decimal string."""
+
+
 class Method(ApiModel):
     """How the model learns."""
 
@@ -474,19 +487,26 @@ class Method(ApiModel):
             "dpo holds settings of DPO: set method.type to DPO, or remove dpo",
         ),
         (
+            "self.type == 'KTO' || !has(self.kto)",
+            "kto holds settings of KTO: set method.type to KTO, or remove kto",
+        ),
+        (
             "self.type == 'SFT' || !has(self.adapter.lora) || self.adapter.lora.dropout.matches('^0([.]0*)?$')",
-            "DPO compares the model with the base, and dropout would be taken for a difference: remove "
+            "DPO and KTO compare the model with the base, and dropout would be taken for a difference: remove "
             "adapter.lora.dropout",
         ),
     )
 
     type: MethodType = MethodType.SFT
     """SFT: supervised fine-tuning, learning to give the assistant's answers. DPO: direct preference optimisation,
-    learning from pairs of answers which one is better."""
+    learning from pairs of answers which one is better. KTO: Kahneman-Tversky optimisation, learning from answers that
+    are marked as good or bad."""
     adapter: Adapter = Adapter()
     """What is trained."""
     dpo: DPO | None = None
     """Settings of DPO; absent means its defaults."""
+    kto: KTO | None = None
+    """Settings of KTO; absent means its defaults."""
 
 
 class Hyperparameters(ApiModel):
@@ -505,7 +525,7 @@ class Hyperparameters(ApiModel):
     """Optimiser steps, instead of epochs."""
     learning_rate: Decimal | None = None
     """Peak learning rate, as a decimal string. Absent: for SFT "2e-4" with an adapter and "2e-5" for Full, for DPO
-    "1e-5" and "1e-6"."""
+    and KTO "1e-5" and "1e-6"."""
     scheduler: Scheduler = Scheduler.COSINE
     """How the learning rate falls after the warm-up."""
     warmup_ratio: Fraction = "0.03"
@@ -766,11 +786,6 @@ class FineTuneJobSpec(ApiModel):
             "self.method.adapter.type != 'Full' || "
             "!has(self.output.artifacts) || !('Adapter' in self.output.artifacts)",
             "Full trains no adapter: remove Adapter from output.artifacts, or set method.adapter.type to LoRA or QLoRA",
-        ),
-        (
-            "self.method.type == 'SFT' || (self.dataset.format == 'Auto' && !has(self.dataset.columns))",
-            "dataset.format and dataset.columns are about rows of SFT, and the rows of other methods have one shape: "
-            "remove them",
         ),
         *_format_rules(),
         (

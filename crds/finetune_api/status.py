@@ -22,7 +22,7 @@ MAX_NODES = 16
 """Nodes that status.attempt names; larger jobs are rare, and a status is written often."""
 MAX_HISTORY = 10
 """Attempts that status.history keeps."""
-MAX_PAST_MESSAGE = 100
+MAX_PAST_MESSAGE = 80
 """Characters of a failure's message there."""
 
 _Short = Annotated[str, StringConstraints(max_length=256)]
@@ -274,7 +274,8 @@ class Measurement(ApiModel):
     """Token-weighted loss on the validation rows, and what the method itself counts."""
 
     loss: _Decimal
-    """Mean negative log-likelihood of the supervised tokens, in nats; of pairs those of the chosen answers."""
+    """Mean negative log-likelihood of the supervised tokens, in nats; where answers are judged, those of the chosen or
+    good ones."""
     perplexity: _Decimal
     """exp(loss)."""
     tokens: Annotated[int, Field(ge=0)]
@@ -282,9 +283,10 @@ class Measurement(ApiModel):
     method_loss: _ShortDecimal | None = None
     """Mean over the rows of the loss that the method minimises, where that is another one."""
     accuracy: _ShortDecimal | None = None
-    """Of pairs: the share in which the chosen answer has the higher reward; a tie counts half."""
+    """Share of the pairs in which the chosen answer has the higher reward, or of the answers whose reward is on the
+    right side of the average; a tie counts half."""
     margin: _ShortDecimal | None = None
-    """Of pairs: mean reward of the chosen answer less that of the rejected one."""
+    """Mean reward of the chosen or good answers less that of the others."""
 
 
 class EvaluationResult(ApiModel):
@@ -315,7 +317,7 @@ class DatasetResult(ApiModel):
     """Train rows that are equal to another one."""
     leaked_rows: Annotated[int, Field(ge=0)] = 0
     """Train rows that are in the validation set, too, and are not learnt for that."""
-    report_uri: Annotated[str, StringConstraints(max_length=1100)] | None = None
+    report_uri: _Uri | None = None
     """The data report: counts, lengths, and samples in which what is learnt is marked."""
     train_tokens: Annotated[int, Field(ge=0)]
     """Input tokens in one pass."""
@@ -364,7 +366,7 @@ class Resolved(ApiModel):
     """Memory of the newest export pod."""
     export_ephemeral_storage: _Decimal | None = None
     """Disk that the newest export pod asks for."""
-    artifacts: Annotated[list[_Short], Field(max_length=2)] | None = None
+    artifacts: Annotated[list[_Name], Field(max_length=2)] | None = None
     """What is published."""
     dtype: _Short | None = None
     """Number format of the published weights."""
@@ -432,7 +434,7 @@ class Failure(ApiModel):
     """Pod that failed."""
     node: _Short | None = None
     """Node it ran on."""
-    log_tail: Annotated[str, StringConstraints(max_length=2048)] | None = None
+    log_tail: Annotated[str, StringConstraints(max_length=1500)] | None = None
     """Last lines of the log, redacted, without data rows."""
     log_uri: _Uri | None = None
     """The whole redacted log."""

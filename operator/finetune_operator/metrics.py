@@ -267,12 +267,12 @@ class _Jobs(Collector):
         )
         accuracy = GaugeMetricFamily(
             "finetune_job_eval_accuracy",
-            "Share of the validation pairs in which the chosen answer has the higher reward.",
+            "Share of the validation rows of judged answers that are told apart rightly.",
             labels=[*per_job, "model"],
         )
         margin = GaugeMetricFamily(
             "finetune_job_eval_margin",
-            "Mean reward of the chosen answers less that of the rejected ones.",
+            "Mean reward of the better answers less that of the others.",
             labels=[*per_job, "model"],
         )
         gpu = CounterMetricFamily("finetune_job_gpu_seconds", "GPUs times the seconds they were held.", labels=per_job)

@@ -32,6 +32,7 @@ FILES = {
     "prepare/train.arrow": b"rows",
     "prepare/1/report.json": b"{}",
     "evaluation/base.json": b"{}",
+    "evaluation/reference-train.safetensors": b"x",
     "train/1/checkpoints/10/manifest.json": b"{}",
     "train/1/checkpoints/10/adapter/adapter_model.safetensors": b"x" * 2000,
     "train/1/final/manifest.json": b"{}",
@@ -212,15 +213,15 @@ def test_only_the_work_files_of_jobs_that_are_over_go(any_lab: Lab) -> None:
 
     said = lab.gc("--keep-days", "0")
     assert lines(said).keys() == {complete, failed}
-    assert f"{lab.namespace}/complete  11 files, 2.2 KiB  (Complete, untouched for 0 days)" in lines(said)[complete]
+    assert f"{lab.namespace}/complete  12 files, 2.2 KiB  (Complete, untouched for 0 days)" in lines(said)[complete]
     assert "(Failed, untouched for 0 days: kept for 30 days)" in lines(said)[failed]
-    assert "would remove 11 files (2.2 KiB) of 1 job, abort 0 uploads" in said
+    assert "would remove 12 files (2.2 KiB) of 1 job, abort 0 uploads" in said
     assert "add --yes" in said
     assert lab.listing() == before
 
-    assert "removed 11 files" in lab.gc("--keep-days", "0", "--yes")
+    assert "removed 12 files" in lab.gc("--keep-days", "0", "--yes")
     assert sorted(set(before) - set(lab.listing())) == [key for key in before if complete in key]
-    assert "removed 11 files" in lab.gc("--keep-failed-days", "0", "--yes")
+    assert "removed 12 files" in lab.gc("--keep-failed-days", "0", "--yes")
     assert [key for key in lab.listing() if failed in key] == []
     assert lab.listing("failed/") == ["manifest.json", "model.safetensors"]
     assert lab.listing("complete/") == ["manifest.json", "model.safetensors"]
@@ -279,7 +280,7 @@ def test_thousands_of_files(aging_lab: Lab, s3rver_folder: Path) -> None:
     for number in range(2500):
         (folder / f"shard-{number:04}._S3rver_object").write_bytes(b"1234")
     # More than two listings hold, and they are deleted while they are listed.
-    assert "removed 2511 files (11.9 KiB) of 1 job" in lab.gc(*NOW)
+    assert "removed 2512 files (11.9 KiB) of 1 job" in lab.gc(*NOW)
     assert lab.listing() == ["bot/manifest.json", "bot/model.safetensors"]
 
 
@@ -298,7 +299,7 @@ def test_an_own_folder_of_work_files(lab: Lab) -> None:
     uid = lab.job("bot", "Complete", storage={"endpoint": lab.endpoint, "workURI": f"s3://{lab.bucket}/scratch"})
     lab.fill(f"scratch/{uid}", uid, "bot")
     lab.put("scratch/notes.txt", b"mine")
-    assert "removed 11 files" in lab.gc(*NOW)
+    assert "removed 12 files" in lab.gc(*NOW)
     assert lab.listing() == ["scratch/notes.txt"]
 
 
@@ -340,7 +341,7 @@ class TestJobsThatAreGone:
         assert f"jobs are those of the cluster https://{lab.cluster.client.host}:{lab.cluster.client.port}" in said
         assert lab.listing() == before
         said = self.sweep(lab, "bot")
-        assert f"{lab.namespace}/gone  11 files" in said
+        assert f"{lab.namespace}/gone  12 files" in said
         assert lab.listing() == [key for key in before if not key.startswith(folder)]
         self.sweep(lab)
         assert lab.listing() == ["bot/manifest.json"], other
@@ -384,7 +385,7 @@ class TestJobsThatAreGone:
         before = lab.listing()
         assert "removed 0 files" in self.sweep(lab, f"{folder}/train")
         assert lab.listing() == before
-        assert "removed 11 files" in self.sweep(lab, folder)
+        assert "removed 12 files" in self.sweep(lab, folder)
 
     def test_a_job_that_is_not_readable_lives(self, lab: Lab) -> None:
         uid = lab.job("bot", "Complete")
@@ -427,7 +428,7 @@ class TestTrouble:
         key = f"denied/.finetune/{denied}/train/1/checkpoints/10/manifest.json"
         assert f"error: s3://{lab.bucket}/{key}: " in said
         assert "AccessDenied" in said
-        assert "removed 11 files (2.2 KiB) of 1 job" in said
+        assert "removed 12 files (2.2 KiB) of 1 job" in said
         # Nothing that the manifest names is gone.
         assert f"{denied}/train/1/checkpoints/10/adapter/adapter_model.safetensors" in " ".join(lab.listing())
         assert not any(other in key for key in lab.listing())
@@ -469,7 +470,7 @@ class TestTrouble:
         lab.over("bot")
         slow = (503, b"<Error><Code>SlowDown</Code></Error>")
         proxy.faults = [Fault(self.is_delete("train"), times=2, answer=slow)]
-        assert "removed 11 files" in lab.gc(*NOW)
+        assert "removed 12 files" in lab.gc(*NOW)
         assert lab.listing() == ["bot/manifest.json", "bot/model.safetensors"]
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])

@@ -49,3 +49,20 @@ def stored(run: Trained, folder: str, target: Any) -> dict[str, torch.Tensor]:
     """All tensors below a folder of what training handed over."""
     run.job.bucket.fetch_folder(f"{run.final}/{folder}", target)
     return {name: tensor for path in sorted(target.rglob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def labelled_rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Both answers of each pair in rows of their own."""
+    rows: list[dict[str, Any]] = []
+    for pair in pair_rows(count, start):
+        rows.append({"prompt": pair["prompt"], "completion": pair["chosen"], "label": True})
+        rows.append({"prompt": pair["prompt"], "completion": pair["rejected"], "label": False})
+    return rows
+
+
+def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """But for rounding. AdamW makes steps of one size, so that rounding may turn one round whose gradient is next to
+    nothing: single numbers may differ by more."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).float().norm() <= 5e-3 * tensor.float().norm(), name

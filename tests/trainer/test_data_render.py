@@ -92,6 +92,9 @@ class TestTools:
     def test_a_template_without_tools_does_not_lose_them(self, tokenizer: Any) -> None:
         with pytest.raises(RowError, match="has tools, which the model's chat template leaves out"):
             rows_of(tokenizer, CALLED)
+        said = (Message("user", "What does weather do?"), Message("assistant", "It calls weather of a town."))
+        with pytest.raises(RowError, match="has tools, which the model's chat template leaves out"):
+            rows_of(tokenizer, Conversation(said, TOOLS))
         without = Conversation(CALLED.messages)
         with pytest.raises(RowError, match="has tool calls, which the model's chat template leaves out"):
             rows_of(tokenizer, without)

@@ -14,6 +14,7 @@ from finetune_api import crd
 from finetune_api.failures import RULES, Disposition, FailureClass, class_of_exit_code
 from finetune_api.names import Stage
 from finetune_api.report import Outcome, Report, StepProgress
+from finetune_api.spec import AdapterType, MethodType
 from finetune_api.status import CheckpointResult, ConditionType, EvaluationResult, Measurement
 from finetune_operator.cli.validation import validate
 from finetune_operator.config import Settings, variable
@@ -139,9 +140,44 @@ def test_the_readmes_manifest_is_valid() -> None:
     assert list(verdict.jobs) == ["support-bot"]
 
 
+def test_every_method_is_tested_with_every_adapter_or_refused() -> None:
+    """What the table says is tested has a test with that adapter among its parameters."""
+    rows = [row for row in table("methods.md") if row[0].strip("`") in set(MethodType)]
+    assert [row[0].strip("`") for row in rows] == list(MethodType)
+    for method, _, *cells, named in rows:
+        path, _, name = named.strip("`").partition("::")
+        module = (ROOT / path).read_text()
+        (adapters,) = re.findall(r"^ADAPTERS = (\[.*\])$", module, re.MULTILINE)
+        assert re.search(rf'parametrize\("adapter", ADAPTERS\)\n(class .*\n([ ]{{4}}.*\n|\n)*?)? *def {name}\(', module)
+        for adapter, cell in zip(AdapterType, cells, strict=True):
+            refused = {"type": str(method).strip("`"), "adapter": {"type": str(adapter)}}
+            if cell == "tested":
+                assert str(adapter) in yaml.safe_load(adapters)
+                assert problems_of({"method": refused}) == []
+            else:
+                assert cell.removeprefix("refused: ") in problems_of({"method": refused})
+
+
+def problems_of(fragment: dict[str, object]) -> list[str]:
+    """What `finetune validate` says of a job with these fields."""
+    spec = {
+        "model": {"uri": "s3://models/base"},
+        "dataset": {"train": [{"uri": "s3://datasets/a.jsonl"}]},
+        "output": {"uri": "s3://models/out"},
+        **fragment,
+    }
+    manifest = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
+    return [str(problem) for problem in validate(yaml.safe_dump(manifest)).problems]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("job.yaml")), ids=lambda path: path.parent.name)
+def test_examples_are_valid(path: Path) -> None:
+    assert validate(path.read_text()).problems == []
+
+
 FRAGMENTS = [
     (page.name, fragment)
-    for page in (ROOT / "docs" / "jobs.md", ROOT / "docs" / "storage.md")
+    for page in (ROOT / "docs" / name for name in ("jobs.md", "data.md", "storage.md", "methods.md"))
     for fragment in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
 ]
 
@@ -150,14 +186,7 @@ FRAGMENTS = [
     ("page", "fragment"), FRAGMENTS, ids=[f"{page} {text.split(':')[0]}" for page, text in FRAGMENTS]
 )
 def test_fragments_of_a_spec_are_valid(page: str, fragment: str) -> None:
-    spec = {
-        "model": {"uri": "s3://models/base"},
-        "dataset": {"train": [{"uri": "s3://datasets/a.jsonl"}]},
-        "output": {"uri": "s3://models/out"},
-        **yaml.safe_load(fragment),
-    }
-    manifest = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "bot"}, "spec": spec}
-    assert validate(yaml.safe_dump(manifest)).problems == []
+    assert problems_of(yaml.safe_load(fragment)) == []
 
 
 def test_every_field_about_pods_is_explained() -> None:

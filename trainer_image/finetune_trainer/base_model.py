@@ -210,8 +210,9 @@ class BaseModel:
     def download(self, target: Path, keys: Iterable[str] | None = None) -> None:
         """Fetch the pinned versions of the model's files, or of those in `keys`; weights from the cache, if there is
         one."""
-        chosen = None if keys is None else set(keys)
-        wanted = [info for info in self.files() if chosen is None or info.key in chosen]
+        wanted = self.files()
+        if keys is not None:
+            wanted = [self._files[key] for key in sorted({*keys} & self._files.keys())]
         cached = [info for info in wanted if info.key in self.shards] if self._cache else []
         for info in wanted:
             if info not in cached:

@@ -31,10 +31,10 @@ _EVALUATION_GAUGES = [
     ("finetune_trainer_eval_loss", "Token-weighted loss on the validation rows.", "loss"),
     (
         "finetune_trainer_eval_accuracy",
-        "Share of the validation pairs in which the chosen answer has the higher reward.",
+        "Share of the validation rows of judged answers that are told apart rightly.",
         "accuracy",
     ),
-    ("finetune_trainer_eval_margin", "Mean reward of the chosen answers less that of the rejected ones.", "margin"),
+    ("finetune_trainer_eval_margin", "Mean reward of the better answers less that of the others.", "margin"),
 ]
 
 

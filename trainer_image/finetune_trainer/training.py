@@ -23,11 +23,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.report import StepProgress
-from finetune_api.spec import DPO, AdapterType, DPOLoss, FineTuneJobSpec, Method, MethodType, Optimizer
+from finetune_api.spec import DPO, KTO, AdapterType, DPOLoss, FineTuneJobSpec, Method, MethodType, Optimizer
 from finetune_api.status import Measurement
 from finetune_trainer import evaluate
 from finetune_trainer.checkpoints import CheckpointUploader
@@ -46,9 +46,6 @@ _OPTIMIZERS = {
     Optimizer.PAGED_ADAMW_8BIT: "paged_adamw_8bit",
 }
 _DPO_LOSSES = {DPOLoss.SIGMOID: "sigmoid", DPOLoss.IPO: "ipo", DPOLoss.HINGE: "hinge", DPOLoss.ROBUST: "robust"}
-
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-"""Columns in which TRL looks for what the reference says of a pair."""
 
 Measure = Callable[[Any, Callable[[int], None]], Measurement | None]
 """Measures a model on the validation rows, and tells how many are done."""
@@ -94,35 +91,83 @@ class SFT(_Prepared, SFTTrainer):
     pass
 
 
-class Preference(_Prepared, DPOTrainer):
+class _Compared(_Prepared):
+    """A trainer that compares the model with a reference."""
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if "ref" in getattr(self.model, "peft_config", {}):
             # A copy of the adapter as it is now. It says what the model without adapter says, and would be saved and
             # published with it.
             self.model.delete_adapter("ref")
+        self._row_weight = 1.0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._row_weight = len(batches) / max(1, sum(len(batch["input_ids"]) for batch in batches))
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last micro-batch of a pass over the rows may be smaller, and the mean of means would weigh its rows more
+        than others."""
+        return super().compute_loss(model, inputs, *args, **kwargs) * (self._row_weight * len(inputs["input_ids"]))
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """The rows have them already: computed once for all attempts, and without a copy of the base on the disk."""
         return dataset
 
 
-Trainer = SFT | Preference
-_TRAINERS: dict[type[TrainingArguments], type[Trainer]] = {SFTConfig: SFT, DPOConfig: Preference}
+class Pairs(_Compared, DPOTrainer):
+    pass
+
+
+class Labelled(_Compared, KTOTrainer):
+    """KTO compares each reward with how far the model has moved on average, estimated from answers to other prompts.
+
+    TRL estimates it from the micro-batch and pairs prompts and answers within it; here it is estimated from all rows of
+    the optimiser step, so that cutting the batch otherwise, or sharing it among more processes, changes nothing.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        config = options["args"]
+        size = config.per_device_train_batch_size
+        # What TRL asks for so that its own estimate works: two rows, in an order that never changes.
+        config.per_device_train_batch_size = max(2, size)
+        config.train_sampling_strategy = "sequential"
+        super().__init__(**options)
+        config.per_device_train_batch_size = self._train_batch_size = size
+        config.train_sampling_strategy = "random"
+        self.precompute_ref_logps = True
+        self._moved = torch.zeros(())
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            found = super()._compute_kl_logps(self.model, self._prepare_inputs(batch))
+            total += torch.tensor([float((found.cpu() - batch["ref_KL_logps"].cpu()).double().sum()), len(found)])
+            # What TRL takes away from what it takes for the model's own log-probabilities.
+            batch["ref_KL_logps"] = torch.zeros_like(batch["ref_KL_logps"])
+        moved, rows = self.accelerator.reduce(total.to(self.accelerator.device), "sum").tolist()
+        self._moved = torch.tensor(moved / max(rows, 1), device=self.accelerator.device)
+        return batches, items
+
+    def _compute_kl_logps(self, model: Any, batch: Any) -> torch.Tensor:
+        return self._moved.expand(len(batch["label"]))
+
+
+Trainer = SFT | Pairs | Labelled
+_TRAINERS: dict[type[TrainingArguments], type[Trainer]] = {SFTConfig: SFT, DPOConfig: Pairs, KTOConfig: Labelled}
 
 
 def needs_reference(method: Method) -> bool:
-    """Whether what the reference says of the train rows must be known before the first step. With an adapter the
-    reference is the model without it; where all weights are trained, a copy of the base would take a quarter more
-    memory, and a pass over each row in each epoch."""
-    return method.type is MethodType.DPO and method.adapter.type is AdapterType.FULL
+    """Whether what the reference says of the train rows is computed before the first step.
 
-
-def with_reference(rows: Dataset, log_probs: torch.Tensor) -> Dataset:
-    """The rows with what the reference says of both answers."""
-    for number, name in enumerate(REFERENCE):
-        rows = rows.add_column(name, log_probs[:, number].tolist())
-    return rows
+    Where all weights are trained, a copy of the base would take a quarter more memory, and a pass over each row in each
+    epoch. With an adapter the reference of DPO is the model without it; KTO would have to run it on two sequences for
+    each one that is learnt.
+    """
+    return method.type is MethodType.KTO or (method.type is MethodType.DPO and method.adapter.type is AdapterType.FULL)
 
 
 def arguments(
@@ -178,6 +223,16 @@ def arguments(
                 loss_type=[_DPO_LOSSES[settings.loss]],
                 label_smoothing=float(settings.label_smoothing or 0),
                 precompute_ref_log_probs=needs_reference(spec.method),
+            )
+        case MethodType.KTO:
+            weights = spec.method.kto or KTO()
+            return KTOConfig(
+                **common,
+                beta=float(weights.beta),
+                desirable_weight=float(weights.desirable_weight),
+                undesirable_weight=float(weights.undesirable_weight),
+                # With an adapter no copy of the base is loaded either way, and TRL need not hash the model.
+                precompute_ref_log_probs=spec.method.adapter.type is AdapterType.FULL,
             )
 
 

@@ -117,6 +117,7 @@ def main(context: click.Context, /, kubeconfig: str | None, kube_context: str | 
 
     \b
     finetune validate job.yaml     check a manifest without a cluster
+    finetune data check FILE...    see what a job would learn from data files
     finetune submit job.yaml       create the job
     finetune watch NAME            follow it live
     finetune local run job.yaml    do it all on this machine, without a cluster
@@ -434,12 +435,14 @@ def _local() -> None:
         main.add_command(local)
 
 
-def _gc() -> None:
-    """The command is in a module of its own, which uses this one."""
+def _others() -> None:
+    """These commands are in modules of their own, which use this one."""
+    from finetune_operator.cli.data import data_group
     from finetune_operator.cli.gc import gc_command
 
     main.add_command(gc_command)
+    main.add_command(data_group)
 
 
-_gc()
+_others()
 _local()

@@ -63,7 +63,11 @@ STRUCTURE: list[tuple[str, dict[str, Any], set[tuple[str, str, str]]]] = [
         "enum",
         {"method": {"type": "PPO"}},
         {
-            ("FieldValueNotSupported", "spec.method.type", 'Unsupported value: "PPO": supported values: "SFT", "DPO"'),
+            (
+                "FieldValueNotSupported",
+                "spec.method.type",
+                'Unsupported value: "PPO": supported values: "SFT", "DPO", "KTO"',
+            ),
             NOT_CHECKED,
         },
     ),
@@ -294,6 +298,13 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("spec.method.adapter.lora.dropout", {"method": {"adapter": {"lora": {"dropout": "2"}}}}),
     ("spec.method", {"method": {"dpo": {}}}),
     ("spec.method", {"method": {"type": "DPO", "adapter": {**LORA, "lora": {"dropout": "0.1"}}}}),
+    ("spec.method", {"method": {"type": "KTO", "dpo": {}}}),
+    ("spec.method", {"method": {"type": "DPO", "kto": {}}}),
+    *(
+        (f"spec.method.kto.{name}", {"method": {"type": "KTO", "kto": {name: bad}}})
+        for name in ("beta", "desirableWeight", "undesirableWeight")
+        for bad in ("0", "-1")
+    ),
     ("spec.method.dpo", {"method": {"type": "DPO", "dpo": {"loss": "Robust"}}}),
     ("spec.method.dpo", {"method": {"type": "DPO", "dpo": {"labelSmoothing": "0.1"}}}),
     ("spec.method.dpo.beta", {"method": {"type": "DPO", "dpo": {"beta": "much"}}}),

@@ -20,9 +20,13 @@ from finetune_trainer.data.formats import RowFormat, row_format
 from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
 from finetune_trainer.data.render import Renderer
 from finetune_trainer.data.rows import BadRow, Problems, Row, RowError, read_rows
-from finetune_trainer.data.token_rows import PairRow, PreparedRow, RowKind, TokenRow
+from finetune_trainer.data.token_rows import LabelledRow, PairRow, PreparedRow, RowKind, TokenRow
 
-ROWS: dict[MethodType, RowKind] = {MethodType.SFT: TokenRow, MethodType.DPO: PairRow}
+ROWS: dict[MethodType, RowKind] = {
+    MethodType.SFT: TokenRow,
+    MethodType.DPO: PairRow,
+    MethodType.KTO: LabelledRow,
+}
 """What a method learns from."""
 
 DEFAULT_SPLIT = 0.05
@@ -96,6 +100,8 @@ def prepare(
     else:
         both.replace(train_path)
     _require_rows(learnt, measured, dataset)
+    if kind is LabelledRow:
+        _require_labels(train_path, validation_path)
     return PreparedData(
         train=learnt,
         validation=measured,
@@ -206,4 +212,21 @@ def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -
     if dataset.validation and validation.rows == 0:
         raise JobError(
             FailureClass.DATA_ERROR, "dataset.validation has no usable row. Upload rows, or remove dataset.validation."
+        )
+
+
+def _require_labels(train: Path, validation: Path) -> None:
+    """What is good is learnt from what is not, and measured on what is good."""
+    labels = prepared.read_rows(train)["label"]
+    if all(labels) or not any(labels):
+        raise JobError(
+            FailureClass.DATA_ERROR,
+            f"The label of all train rows is {str(labels[0]).lower()}. Add rows with the other label.",
+        )
+    measured = prepared.read_rows(validation)["label"]
+    if len(measured) and not any(measured):
+        raise JobError(
+            FailureClass.DATA_ERROR,
+            "No validation row has the label true, so that nothing could be said of good answers. Add some, or hold "
+            "out more rows.",
         )

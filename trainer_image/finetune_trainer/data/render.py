@@ -159,14 +159,14 @@ class Renderer:
         messages = conversation.messages
         if supervised is Supervised.ALL:
             text = self._render(messages, conversation.tools)
-            _require_all(text, conversation)
+            self._require_all(text, conversation)
             yield _Rendered(text, None)
             return
         learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
         if supervised is Supervised.LAST_TURN:
             learnt = learnt[-1:]
         whole = self._render(messages, conversation.tools)
-        _require_all(whole, conversation)
+        self._require_all(whole, conversation)
         spans = [self._span(whole, conversation, turn) for turn in learnt]
         if all(spans):
             # Text behind the last turn that is learnt (weights) is context of nothing, and stays as it was written.
@@ -179,6 +179,20 @@ class Renderer:
             if span is None:
                 raise RowError("is rendered by the chat template in a way that hides where the answer begins")
             yield self._with_reasoning(text, [span], [messages[turn]])
+
+    def _require_all(self, text: str, conversation: Conversation) -> None:
+        """
+        Raises:
+            RowError: the template leaves out what somebody said, or what there was to call.
+        """
+        # The name of a tool may be in the text for other reasons.
+        if conversation.tools and text == self._render(conversation.messages, ""):
+            raise RowError("has tools, which the model's chat template leaves out")
+        for message in conversation.messages:
+            # What the assistant thought in earlier turns is left out on purpose, and tools' answers are often
+            # reformatted.
+            if message.role in ("system", "user") and message.content.strip() not in text:
+                raise RowError(f"has a message of the {message.role} that the model's chat template leaves out")
 
     def _with_reasoning(self, text: str, spans: list[_Span], turns: Sequence[Message]) -> _Rendered:
         """
@@ -383,21 +397,6 @@ def _common(first: list[int], second: list[int]) -> int:
     """Length of the common beginning."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
-
-
-def _require_all(text: str, conversation: Conversation) -> None:
-    """
-    Raises:
-        RowError: the template leaves out what somebody said.
-    """
-    if conversation.tools:
-        names = [tool["function"]["name"] for tool in json.loads(conversation.tools)]
-        if any(name not in text for name in names):
-            raise RowError("has tools, which the model's chat template leaves out")
-    for message in conversation.messages:
-        # What the assistant thought in earlier turns is left out on purpose, and tools' answers are often reformatted.
-        if message.role in ("system", "user") and message.content.strip() not in text:
-            raise RowError(f"has a message of the {message.role} that the model's chat template leaves out")
 
 
 def _dated(template: str) -> str:

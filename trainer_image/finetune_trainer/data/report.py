@@ -269,7 +269,10 @@ def _remarks(report: DataReport) -> list[str]:
     said = [
         (report.bad_rows.count, "rows cannot be used and were left out"),
         (overlong.examples, f"examples were longer than {report.max_length:,} tokens"),
-        (overlong.dropped, "examples or turns were left out because they were too long"),
+        (
+            overlong.dropped,
+            "examples or parts of them were left out because they were too long, or too short to learn from",
+        ),
         (overlong.truncated_rows, f"rows were cut, {overlong.truncated_tokens:,} tokens in all"),
         (report.leaked, "train examples are in the validation set, too, and are not learnt"),
         (

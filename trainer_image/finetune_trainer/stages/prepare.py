@@ -7,20 +7,23 @@ usable, do the data exist, is every row usable.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 
-from finetune_api.document import JobDocument
+from finetune_api.document import JobDocument, StorageSettings
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.names import OWNER_FILE
-from finetune_api.spec import AdapterType, Artifact, Dataset, DuplicatePolicy, MethodType, OutputDtype
+from finetune_api.spec import AdapterType, Artifact, Dataset, DuplicatePolicy, FineTuneJobSpec, MethodType, OutputDtype
 from finetune_api.status import DatasetResult
 from finetune_trainer import layout
 from finetune_trainer.architecture import require_adaptable
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import pipeline, report, sources
+from finetune_trainer.data.pipeline import PreparedData
 from finetune_trainer.data.prepared import TRAIN_FILE, VALIDATION_FILE, SetSummary
 from finetune_trainer.data.render import TEMPLATE_DATE, Renderer, Rules
+from finetune_trainer.data.report import DataReport
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.manifest import find_published, report_published, require_free
 from finetune_trainer.plan import DataPlan, PreparedSet, SourceFile, TrainingPlan, load_plan
@@ -31,9 +34,16 @@ from finetune_trainer.storage.s3 import sha256_file
 
 log = logging.getLogger(__name__)
 
+MAX_URI = 1024
+"""What the status has room for."""
+
 PROBE = "prepare/write-probe"
 OUTPUT_PROBE = ".finetune/write-probe"
-LEARNING_RATES = {MethodType.SFT: ("2e-5", "2e-4"), MethodType.DPO: ("1e-6", "1e-5")}
+LEARNING_RATES = {
+    MethodType.SFT: ("2e-5", "2e-4"),
+    MethodType.DPO: ("1e-6", "1e-5"),
+    MethodType.KTO: ("1e-6", "1e-5"),
+}
 """Where none is given: for all weights, and for an adapter, which is small and begins at zero."""
 
 
@@ -107,36 +117,20 @@ def _prepare(
     spec = document.spec
     reporter.phase("Downloading")
     model.download(disk.base, SMALL_FILES)
-    renderer = _renderer(disk.base, model, spec.dataset)
     full = spec.method.adapter.type is AdapterType.FULL
     artifacts = spec.output.artifacts or ([Artifact.MERGED] if full else [Artifact.MERGED, Artifact.ADAPTER])
     if not full:
         stored = {tensor.name for tensor in model.tensors}
         require_adaptable(disk.base, spec.method.adapter, stored, merge=Artifact.MERGED in artifacts)
-    train_files = sources.download(train_sources, disk.data / "train", document.storage)
-    validation_files = sources.download(validation_sources, disk.data / "validation", document.storage)
-
-    reporter.phase("Tokenizing")
-    data = pipeline.prepare(
-        spec.dataset,
-        spec.method.type,
-        spec.hyperparameters.seed,
-        renderer,
-        train_files,
-        validation_files,
+    data, renderer, described = read_data(
+        spec,
+        document.storage,
+        model,
+        train_sources,
+        validation_sources,
+        disk.base,
         disk.data,
-    )
-
-    described = report.build(
-        data,
-        renderer,
-        model=model.folder.uri,
-        method=spec.method.type,
-        weights=[source.weight for source in spec.dataset.train],
-        duplicates_removed=spec.dataset.duplicates is DuplicatePolicy.REMOVE,
-        train=disk.data / TRAIN_FILE,
-        validation=disk.data / VALIDATION_FILE,
-        seed=spec.hyperparameters.seed,
+        fetched=lambda: reporter.phase("Tokenizing"),
     )
 
     reporter.phase("Uploading")
@@ -171,6 +165,43 @@ def _prepare(
     # The plan is written last: who finds it finds all that it names.
     work.write(layout.PLAN, plan.model_dump_json(by_alias=True, indent=1).encode())
     return plan
+
+
+def read_data(
+    spec: FineTuneJobSpec,
+    storage: StorageSettings,
+    model: BaseModel,
+    train_sources: list[SourceFile],
+    validation_sources: list[SourceFile],
+    base: Path,
+    target: Path,
+    fetched: Callable[[], None] = lambda: None,
+) -> tuple[PreparedData, Renderer, DataReport]:
+    """Fetch the data into `target`, and write the prepared sets there. `base` has the model's small files. `fetched` is
+    called when the data are here.
+
+    Raises:
+        JobError: the model or the data cannot be used.
+    """
+    renderer = _renderer(base, model, spec.dataset)
+    train_files = sources.download(train_sources, target / "train", storage)
+    validation_files = sources.download(validation_sources, target / "validation", storage)
+    fetched()
+    data = pipeline.prepare(
+        spec.dataset, spec.method.type, spec.hyperparameters.seed, renderer, train_files, validation_files, target
+    )
+    described = report.build(
+        data,
+        renderer,
+        model=model.folder.uri,
+        method=spec.method.type,
+        weights=[source.weight for source in spec.dataset.train],
+        duplicates_removed=spec.dataset.duplicates is DuplicatePolicy.REMOVE,
+        train=target / TRAIN_FILE,
+        validation=target / VALIDATION_FILE,
+        seed=spec.hyperparameters.seed,
+    )
+    return data, renderer, described
 
 
 def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
@@ -227,7 +258,7 @@ def _report(plan: TrainingPlan, document: JobDocument, model: BaseModel, reporte
             overlong_rows=data.overlong_rows,
             duplicate_rows=data.duplicate_rows,
             leaked_rows=data.leaked_rows,
-            report_uri=f"{document.work_uri}/{layout.DATA_REPORT}",
+            report_uri=uri if len(uri := f"{document.work_uri}/{layout.DATA_REPORT}") <= MAX_URI else None,
             train_tokens=data.train.tokens,
             supervised_tokens=data.train.supervised_tokens,
             sha256=data.train.sha256,

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, set_seed
 from finetune_api.document import JobDocument
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.report import Report
-from finetune_api.spec import DPO, AdapterType, MethodType
+from finetune_api.spec import AdapterType, MethodType
 from finetune_api.status import EvaluationResult, Resolved
 from finetune_trainer import bundle, evaluate, layout, models, preference, probe, quantized, training
 from finetune_trainer.bundle import BundleFile
@@ -33,7 +33,6 @@ from finetune_trainer.evaluate import Evaluation, TokenEvaluation
 from finetune_trainer.layout import PodDisk
 from finetune_trainer.manifest import installed_versions
 from finetune_trainer.plan import TrainingPlan
-from finetune_trainer.preference import PairEvaluation
 from finetune_trainer.reporting import Reporter
 from finetune_trainer.stages import fetch
 from finetune_trainer.storage import Folder, open_folder
@@ -99,9 +98,11 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
         )
         reporter.phase("Loading")
 
-    evaluation: Evaluation = TokenEvaluation(validation_rows, world)
-    if spec.method.type is MethodType.DPO:
-        evaluation = PairEvaluation(validation_rows, world, spec.method.dpo or DPO(), compute)
+    if spec.method.type is MethodType.KTO:
+        train_rows = preference.with_others(train_rows, spec.hyperparameters.seed)
+        validation_rows = preference.with_others(validation_rows, spec.hyperparameters.seed)
+    compared = preference.evaluation_of(spec.method, validation_rows, world, compute)
+    evaluation: Evaluation = compared or TokenEvaluation(validation_rows, world)
     base = _BaseMeasurement(work, evaluation, reporter)
     quantizes = spec.method.adapter.type is AdapterType.QLORA
     if quantizes and base.missing and len(validation_rows):
@@ -116,12 +117,12 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
     set_seed(spec.hyperparameters.seed)
     model = models.load_for_training(disk.base, spec, compute, world)
     stop.check()
-    if isinstance(evaluation, PairEvaluation):
+    if compared:
         # Before a checkpoint is loaded: now the model is its own reference.
-        evaluation.reference = _reference("validation", validation_rows, model, evaluation, work, reporter)
+        compared.reference = _reference("validation", validation_rows, model, compared, work, reporter)
         if training.needs_reference(spec.method):
-            reference = _reference("train", train_rows, model, evaluation, work, reporter)
-            train_rows = training.with_reference(train_rows, reference)
+            reference = _reference("train", train_rows, model, compared, work, reporter)
+            train_rows = compared.with_reference(train_rows, reference)
     if base.missing or base.quantized_missing(quantizes):
         base.measure_loaded(model, quantized=quantizes)
     stop.check()
@@ -170,9 +171,9 @@ def run(document: JobDocument, disk: PodDisk, reporter: Reporter | None) -> trai
 
 
 def _reference(
-    name: str, rows: Dataset, model: Any, evaluation: PairEvaluation, work: Folder, reporter: Reporter | None
+    name: str, rows: Dataset, model: Any, evaluation: preference.Evaluation, work: Folder, reporter: Reporter | None
 ) -> torch.Tensor:
-    """What the base says of a set's pairs. It is stored, so that all attempts have the same and only the first one
+    """What the base says of a set's answers. It is stored, so that all attempts have the same and only the first one
     computes it."""
     key = layout.reference(name)
     # Another process may be ahead, so that all do what one of them has to do.
