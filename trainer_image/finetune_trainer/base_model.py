@@ -210,9 +210,8 @@ class BaseModel:
     def download(self, target: Path, keys: Iterable[str] | None = None) -> None:
         """Fetch the pinned versions of the model's files, or of those in `keys`; weights from the cache, if there is
         one."""
-        wanted = self.files()
-        if keys is not None:
-            wanted = [self._files[key] for key in sorted({*keys} & self._files.keys())]
+        asked = None if keys is None else sorted({*keys} & self._files.keys())
+        wanted = self.files() if asked is None else [self._files[key] for key in asked]
         cached = [info for info in wanted if info.key in self.shards] if self._cache else []
         for info in wanted:
             if info not in cached:
