@@ -207,6 +207,10 @@ class Life(RuleBasedStateMachine):
             child = open_children[index % len(open_children)]
             child["spec"]["suspend"] = suspended
             self.world.touch(child)
+            for pod in self.world.pods():
+                # One that is failing at this moment gets the benefit of the doubt.
+                if suspended and owner_of(pod) == child["metadata"]["uid"]:
+                    self.world.take(pod)
 
     @rule(value=st.booleans())
     def user_sets_suspend(self, value: bool) -> None:

@@ -504,7 +504,7 @@ class World:
 
     def _end(self, pod: Object, code: int, reason: str = "Completed") -> None:
         if code in FREE_CODES:
-            self._take(pod)
+            self.take(pod)
         started = pod["status"]["containerStatuses"][0]["state"]["running"]["startedAt"]
         pod["status"]["phase"] = "Failed" if code else "Succeeded"
         pod["status"]["containerStatuses"][0]["state"] = {
@@ -519,7 +519,7 @@ class World:
 
     def stop(self, pod: Object, *, disrupted: bool = False) -> None:
         """Somebody deletes a pod: it has its grace to end."""
-        self._take(pod)
+        self.take(pod)
         if disrupted:
             pod["status"].setdefault("conditions", []).append({"type": "DisruptionTarget", "status": "True"})
         if "deletionTimestamp" not in pod["metadata"]:
@@ -531,7 +531,7 @@ class World:
             else:
                 self.objects.pop(("pods", pod["metadata"]["name"]), None)
 
-    def _take(self, pod: Object) -> None:
+    def take(self, pod: Object) -> None:
         self.taken.setdefault(pod["trainer"]["uid"], set()).add(pod["metadata"]["name"])
 
     def _is_suspended(self, pod: Object) -> bool:

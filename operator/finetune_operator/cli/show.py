@@ -124,9 +124,17 @@ def summary(job: FineTuneJob) -> Text:
     if status.dataset:
         data = status.dataset
         learnt = f"{data.supervised_tokens} of {data.train_tokens} tokens learnt"
-        skipped = f", {data.skipped_rows} skipped" if data.skipped_rows else ""
-        rows = f"{data.train_rows} train rows ({learnt}), {data.validation_rows} validation rows{skipped}"
+        counts = (
+            (data.skipped_rows, "skipped"),
+            (data.overlong_rows, "too long"),
+            (data.duplicate_rows, "there twice"),
+            (data.leaked_rows, "of the validation set left out"),
+        )
+        remarks = "".join(f", {count} {what}" for count, what in counts if count)
+        rows = f"{data.train_rows} train rows ({learnt}), {data.validation_rows} validation rows{remarks}"
         facts.append(("Data", rows))
+        if data.report_uri:
+            facts.append(("Data report", data.report_uri))
     if status.progress:
         progress = status.progress
         loss = f", loss {progress.loss}" if progress.loss else ""
