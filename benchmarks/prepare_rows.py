@@ -1,9 +1,9 @@
 """Rows per second and peak memory of preparing data: `python benchmarks/prepare_rows.py MODEL [ROWS ...]`.
 
 MODEL is a folder with a tokenizer, such as the quickstart's. For each number of ROWS (100,000 and 1,000,000 unless
-others are named) a process of its own prepares a .jsonl file of so many short chats, of which one in a thousand is there
-twice and one in all is damaged, with duplicates removed. Its peak memory is what Linux says of it at the end (VmHWM). The
-damaged row must be named by file and line.
+others are named) a process of its own prepares a .jsonl file of so many short chats, of which one in a thousand is
+there twice and one in all is damaged, with duplicates removed. Its peak memory is what Linux says of it at the end
+(VmHWM). The damaged row must be named by file and line.
 """
 
 from __future__ import annotations
