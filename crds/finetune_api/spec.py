@@ -351,6 +351,11 @@ class Dataset(ApiModel):
             "set validation (files) or validationSplit (a fraction of train), not both",
         ),
         *_column_rules("dataset.format"),
+        (
+            "self.supervised != 'All' || self.supervisedReasoning == 'Enabled'",
+            "supervised All learns every token, reasoning included: choose AssistantTurns or LastTurn, or enable "
+            "supervisedReasoning",
+        ),
     )
 
     train: Annotated[list[TrainFile], Field(min_length=1, max_length=64)]

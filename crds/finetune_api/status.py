@@ -22,7 +22,7 @@ MAX_NODES = 16
 """Nodes that status.attempt names; larger jobs are rare, and a status is written often."""
 MAX_HISTORY = 10
 """Attempts that status.history keeps."""
-MAX_PAST_MESSAGE = 80
+MAX_PAST_MESSAGE = 100
 """Characters of a failure's message there."""
 
 _Short = Annotated[str, StringConstraints(max_length=256)]
@@ -118,7 +118,7 @@ class Reason(StrEnum):
 class Condition(ApiModel):
     """A `metav1.Condition`."""
 
-    type: Annotated[str, StringConstraints(max_length=64)]
+    type: Annotated[str, StringConstraints(max_length=32)]
     """Name of the condition."""
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
@@ -181,7 +181,7 @@ class PastAttempt(ApiModel):
     """Counts from 1 in each stage."""
     outcome: AttemptOutcome
     """How it ended."""
-    failure_class: str | None = Field(None, alias="class", max_length=64)
+    failure_class: str | None = Field(None, alias="class", max_length=32)
     """Kind of failure."""
     message: Annotated[str, StringConstraints(max_length=MAX_PAST_MESSAGE)] | None = None
     """The beginning of the failure's message."""
@@ -303,8 +303,8 @@ class EvaluationResult(ApiModel):
 class DatasetResult(ApiModel):
     """What the prepare stage found in the data."""
 
-    format: _Short
-    """The format that was used."""
+    format: Annotated[str, StringConstraints(max_length=128)]
+    """The formats of the rows."""
     train_rows: Annotated[int, Field(ge=0)]
     """Rows to learn from."""
     validation_rows: Annotated[int, Field(ge=0)]
@@ -414,7 +414,7 @@ class Verification(ApiModel):
 class Failure(ApiModel):
     """The last failure."""
 
-    failure_class: Annotated[str, Field(alias="class", max_length=64)]
+    failure_class: Annotated[str, Field(alias="class", max_length=32)]
     """Kind of failure; decides whether there is another attempt."""
     message: _Sentence
     """One sentence that says what happened, and a remedy."""
@@ -434,7 +434,7 @@ class Failure(ApiModel):
     """Pod that failed."""
     node: _Short | None = None
     """Node it ran on."""
-    log_tail: Annotated[str, StringConstraints(max_length=1500)] | None = None
+    log_tail: Annotated[str, StringConstraints(max_length=2048)] | None = None
     """Last lines of the log, redacted, without data rows."""
     log_uri: _Uri | None = None
     """The whole redacted log."""

@@ -58,21 +58,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.dataset",
         "not both",
     ),
-    "none of the alternative columns": (
-        {"dataset": {"train": [{"uri": "s3://datasets/a.jsonl"}], "format": "Alpaca", "columns": {}}},
-        "spec.dataset.columns",
-        "exactly one of messages, text, or prompt",
+    "columns of another format": (
+        {"dataset": {"train": [{"uri": "s3://datasets/a.jsonl"}], "format": "Alpaca", "columns": {"text": "t"}}},
+        "spec.dataset",
+        "a row of format Alpaca has the columns prompt, completion, input, system",
     ),
-    "several of the alternative columns": (
+    "two ways to give the prompt": (
         {
             "dataset": {
                 "train": [{"uri": "s3://datasets/a.jsonl"}],
-                "format": "Chat",
-                "columns": {"messages": "m", "text": "t"},
-            }
+                "format": "Preference",
+                "columns": {"messages": "m", "prompt": "p"},
+            },
+            "method": {"type": "DPO"},
         },
         "spec.dataset.columns",
-        "exactly one of messages, text, or prompt",
+        "name one of them",
+    ),
+    "a format that the method does not learn from": (
+        {"dataset": {"train": [{"uri": "s3://datasets/a.jsonl"}], "format": "Preference"}},
+        "spec",
+        "method.type SFT learns from rows of format Chat",
     ),
     "an s3 URI without a bucket": ({"model": {"uri": "s3:///llama"}}, "spec.model.uri", "write s3://BUCKET/PATH"),
     "an s3 URI without a path": ({"output": {"uri": "s3://models"}}, "spec.output.uri", "write s3://BUCKET/PATH"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from trainer_rendering import STOP, TEMPLATES, conversation, rows_of, speaker, s
 
 from finetune_api.failures import FailureClass, JobError
 from finetune_api.spec import OverlongPolicy, Supervised
-from finetune_trainer.data.examples import Conversation, Message, Text, ToolCall
+from finetune_trainer.data.examples import Conversation, Message, Preference, Text, ToolCall
 from finetune_trainer.data.render import Renderer, Rules
 from finetune_trainer.data.rows import RowError
 from finetune_trainer.data.token_rows import IGNORED, TokenRow
@@ -105,6 +106,23 @@ class TestTools:
         with pytest.raises(RowError, match="has a message of the system that the model's chat template leaves out"):
             rows_of(with_template(tokenizer, template), conversation("Hi", "Hello", system="Be brief"))
 
+    @pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
+    def test_what_is_said_beside_a_call_is_not_lost(self, speaks: Speaks, name: str) -> None:
+        """These templates say either."""
+        user, call, *rest = CALLED.messages
+        spoken = Conversation((user, replace(call, content="Let me look."), *rest), TOOLS)
+        with pytest.raises(RowError, match="has a message of the assistant that the model's chat template leaves out"):
+            rows_of(speaks(name), spoken)
+
+    @pytest.mark.parametrize("name", ["llama3", "phi3", "qwen2_5_vl", "deepseek_r1_distill"])
+    def test_calls_and_answers_that_are_not_learnt_are_not_lost_either(self, speaks: Speaks, name: str) -> None:
+        user, call, answer, last = CALLED.messages
+        seen = Conversation((user, replace(call, learnt=False), answer, last))
+        with pytest.raises((RowError, JobError)):
+            rows_of(speaks(name), seen)
+        with pytest.raises((RowError, JobError)):
+            render(speaks(name), Conversation(CALLED.messages), supervised=Supervised.ALL)
+
 
 class TestReasoning:
     def test_it_is_learnt(self, speaks: Speaks) -> None:
@@ -115,9 +133,22 @@ class TestReasoning:
     def test_it_is_seen_and_not_learnt(self, speaks: Speaks) -> None:
         speech = speaks("qwen3")
         ((row,), _) = render(speech, THOUGHT, reasoning=False)
-        assert supervised(speech, row).endswith(f"</think>\n\nIt is dry.{STOP}")
+        assert supervised(speech, row).strip() == f"It is dry.{STOP}"
         assert "Look outside." not in supervised(speech, row)
         assert "Look outside." in speech.decode(row.input_ids)
+
+    def test_within_the_content(self, tokenizer: Any) -> None:
+        """As distilled data have it."""
+        example = conversation("Rain?", "<think>Look outside.</think>It is dry.")
+        ((row,), _) = render(tokenizer, example, reasoning=False)
+        assert supervised(tokenizer, row) == f"It is dry.{STOP}"
+
+    def test_everything_is_learnt_or_refused(self, tokenizer: Any) -> None:
+        with pytest.raises(RowError, match="has reasoning, which the model's chat template leaves out"):
+            render(tokenizer, THOUGHT, supervised=Supervised.ALL)
+        example = conversation("Hi", "Hello", "More?", "No", learnt=(False, True))
+        with pytest.raises(RowError, match=r"has a weight of 0, and dataset\.supervised All learns everything"):
+            render(tokenizer, example, supervised=Supervised.ALL)
 
     def test_earlier_thoughts_are_forgotten_as_at_inference(self, speaks: Speaks) -> None:
         speech = speaks("qwen3")
@@ -140,10 +171,10 @@ class TestSupervised:
         assert supervised(tokenizer, row) == f"No{STOP}"
         assert "Hello" in tokenizer.decode(row.input_ids)
 
-    def test_the_last_turn_that_has_a_weight(self, tokenizer: Any) -> None:
+    def test_a_last_turn_without_weight(self, tokenizer: Any) -> None:
         example = conversation("Hi", "Hello", "More?", "No", learnt=(True, False))
-        ((row,), _) = render(tokenizer, example, supervised=Supervised.LAST_TURN)
-        assert supervised(tokenizer, row) == f"Hello{STOP}"
+        with pytest.raises(RowError, match="has no token to learn"):
+            render(tokenizer, example, supervised=Supervised.LAST_TURN)
 
     def test_everything(self, tokenizer: Any) -> None:
         ((row,), _) = render(tokenizer, self.EXAMPLE, supervised=Supervised.ALL)
@@ -209,6 +240,32 @@ class TestOverlong:
         )
         turn = self.lengths(tokenizer, conversation("ask 0", "answer 0"))
         assert all(size + turn > length for size, _ in pairwise(sizes)), (sizes, system, turn)
+
+    def test_the_last_turn_is_that_of_the_whole(self, tokenizer: Any) -> None:
+        texts = [f"{word} {number}" for number in range(8) for word in ("ask", "answer")]
+        rows, _ = render(
+            tokenizer,
+            conversation(*texts),
+            max_length=60,
+            overlong=OverlongPolicy.SPLIT,
+            supervised=Supervised.LAST_TURN,
+        )
+        assert [supervised(tokenizer, row) for row in rows] == [f"answer 7{STOP}"]
+
+    @pytest.mark.parametrize(("policy", "cut"), [(OverlongPolicy.DROP, 0), (OverlongPolicy.TRUNCATE, 1)])
+    def test_a_pair_is_counted_once(self, tokenizer: Any, policy: OverlongPolicy, cut: int) -> None:
+        renderer = Renderer(tokenizer, None, Rules(32, policy))
+        prompt = Conversation((Message("user", "Hi"),))
+        answers = [(Message("assistant", f"{word} " * 50),) for word in ("yes", "no")]
+        assert len(renderer.rows(Preference(prompt, *answers))) == cut
+        counts = renderer.counts
+        assert (counts.overlong, counts.truncated, counts.dropped) == (1, cut, 1 - cut)
+
+    def test_answers_that_differ_behind_the_cut(self, tokenizer: Any) -> None:
+        renderer = Renderer(tokenizer, None, Rules(32, OverlongPolicy.TRUNCATE))
+        answers = [(Message("assistant", "word " * 50 + end),) for end in ("yes", "no")]
+        assert renderer.rows(Preference(Conversation((Message("user", "Hi"),)), *answers)) == []
+        assert (renderer.counts.overlong, renderer.counts.dropped) == (1, 1)
 
     def test_a_turn_that_is_too_long_by_itself(self, tokenizer: Any) -> None:
         example = conversation("one", "1", "long", "word " * 100, "two", "2")

@@ -88,12 +88,12 @@ class TestDuplicates:
 
     def test_what_is_measured_is_not_learnt(self, prepare: Prepare, tmp_path: Path, tokenizer: Any) -> None:
         data, _ = prepare(asked(1, 2, 3, 2), validation=asked(2, 9))
-        assert (data.leaked, data.duplicates) == (2, 1)
+        assert (data.leaked, data.duplicates) == (2, 0), "none of those that are learnt is there twice"
         assert learnt(tmp_path, tokenizer) == {"It is 1.": 1, "It is 3.": 1}
         assert learnt(tmp_path, tokenizer, VALIDATION_FILE) == {"It is 2.": 1, "It is 9.": 1}
 
     def test_nothing_is_left_to_learn(self, prepare: Prepare) -> None:
-        with pytest.raises(JobError, match=r"dataset\.train has no usable row"):
+        with pytest.raises(JobError, match=r"Of 2 examples to learn from none is left: 2 of"):
             prepare(asked(1, 2), validation=asked(1, 2, 3))
 
     @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,7 +112,7 @@ class TestDuplicates:
         every = Counter(row["answer"] for row in asked(*numbers))
         assert train.keys() | measured.keys() == every.keys()
         assert train == {text: every[text] if policy == "Keep" else 1 for text in train}
-        assert data.duplicates == len(numbers) - len(every)
+        assert data.duplicates == sum(every[text] - 1 for text in train)
         assert data.leaked == sum(every[text] - 1 for text in measured)
 
     def test_the_same_text_with_another_weight_is_another_row(self, prepare: Prepare) -> None:
@@ -120,6 +120,19 @@ class TestDuplicates:
         other = [*turns[:3], {**turns[3], "weight": 0}]
         data, _ = prepare([{"messages": turns}, {"messages": other}], validationSplit="0")
         assert data.duplicates == 0
+        # But who has measured one has seen the other.
+        data, _ = prepare([{"messages": turns}], asked(1), validation=[{"messages": other}])
+        assert data.leaked == 1
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_judged_answers_are_held_out_of_both_kinds(self, prepare: Prepare, tmp_path: Path, seed: int) -> None:
+        rows = [{"prompt": f"ask {n}", "completion": f"{n}", "label": n % 20 == seed} for n in range(60)]
+        prepare(rows, method=MethodType.KTO)
+        assert sorted(prepared.read_rows(tmp_path / VALIDATION_FILE)["label"]) == [False, False, True]
+
+    def test_a_weight_that_chooses_nothing(self, prepare: Prepare) -> None:
+        with pytest.raises(JobError, match="choose none of the others"):
+            prepare(asked(1, 2), validationSplit="0", weights=("0.01",))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,7 @@ class TestReport:
         assert found.bad_rows.reasons == {"has no 'answer'": 1}
         assert found.bad_rows.examples[0].endswith("0.jsonl row 22: has no 'answer'")
         assert (found.overlong.examples, found.overlong.dropped) == (1, 1)
-        assert (found.duplicates, found.leaked) == (1, 3)
+        assert (found.duplicates, found.leaked) == (0, 3)
         assert found.stop_tokens == [STOP]
 
     def test_samples_show_what_is_learnt(self, prepare: Prepare, tmp_path: Path, tokenizer: Any) -> None:
@@ -224,6 +237,13 @@ class TestReport:
         # A row may hold a fence itself.
         assert "`````text\n" in text
         assert text.count("`````") == 2
+
+    def test_a_stop_token_that_the_tokenizer_does_not_have(self, tokenizer: Any) -> None:
+        assert [report._token(tokenizer, token) for token in (tokenizer.eos_token_id, 999_999, -1)] == [
+            STOP,
+            "(999999)",
+            "(-1)",
+        ]
 
     def test_nothing_to_remark(self, prepare: Prepare, tmp_path: Path) -> None:
         data, renderer = prepare(asked(1, 2), validationSplit="0")
@@ -282,6 +302,13 @@ class TestCheck:
         assert done.stderr.startswith("DataError: 1 of 51 rows cannot be used: ")
         assert "rows.jsonl row 51: has no 'answer'" in done.stderr
         assert self.run(rows, "--model", tiny_model, "--skip-invalid", "1").returncode == 0
+
+    def test_a_manifest_that_is_half_written(self, rows: Path, tmp_path: Path) -> None:
+        job = tmp_path / "job.yaml"
+        job.write_text("apiVersion: finetune.dev/v1alpha1\nkind: FineTuneJob\nmetadata: {name: a}\nspec:\n  dataset:\n")
+        done = self.run(rows, "-f", job)
+        assert done.returncode == 1
+        assert done.stderr.endswith("spec.dataset and spec.method are objects: write their fields\n")
 
     def test_wrong_use(self, rows: Path, tiny_model: Path) -> None:
         assert (self.run(rows).returncode, self.run("--model", tiny_model).returncode) == (2, 2)

@@ -265,6 +265,11 @@ class TestOtherAnswers:
         rows = preference.with_others(self.rows([(10, 1), (1, 10), (9, 2), (2, 9), (5, 5), (1, 1)]), 7)
         assert max(len(row["prompt_ids"]) + len(row[OTHER]) for row in rows) <= 11
 
+    def test_none_is_of_the_same_prompt(self) -> None:
+        rows = [{"prompt_ids": [n // 4], "completion_ids": [n], "label": True} for n in range(40)]
+        found = preference.with_others(Dataset.from_list(rows), 7)
+        assert all(row[OTHER][0] // 4 != row["prompt_ids"][0] for row in found)
+
     @pytest.mark.parametrize("count", [0, 1])
     def test_where_there_is_no_other(self, count: int) -> None:
         rows = preference.with_others(self.rows([(2, 3)] * 2).select(range(count)), 7)
@@ -284,7 +289,7 @@ class TestPrepare:
         report = job.run("prepare")
         assert report.dataset is not None
         assert (report.dataset.format, report.dataset.train_rows, report.dataset.validation_rows) == (
-            "Labelled",
+            "UnpairedPreference",
             48,
             12,
         )
@@ -341,7 +346,7 @@ class TestPrepare:
     ) -> None:
         own = changes("LoRA")
         for name, labels in (("train", train), ("validation", validation)):
-            rows = [{"prompt": f"q{i}", "completion": "a", "label": label} for i, label in enumerate(labels)]
+            rows = [{"prompt": f"{name} {i}", "completion": "a", "label": label} for i, label in enumerate(labels)]
             inputs.put(f"data/one-sided-{name}.jsonl", as_json_lines(rows))
             own["dataset"][name] = [{"uri": inputs.uri(f"data/one-sided-{name}.jsonl")}]
         with pytest.raises(JobError, match=message) as caught:

@@ -83,14 +83,23 @@ class TestGoodJob:
         assert not (job.disk("prepare").base / "model.safetensors").exists()
 
     def test_nothing_is_left_but_what_later_stages_read_and_whose_it_is(self, job: TestJob) -> None:
-        assert job.bucket.keys(f"{job.output}/") == [
-            f"{job.work}/prepare/{name}" for name in ("job.json", "plan.json", "train.arrow", "validation.arrow")
-        ]
+        names = ("job.json", "plan.json", "report.json", "report.md", "train.arrow", "validation.arrow")
+        assert job.bucket.keys(f"{job.output}/") == [f"{job.work}/prepare/{name}" for name in names]
         assert job.bucket.json(f"{job.work}/{OWNER_FILE}") == {
             "namespace": "team-a",
             "name": "ticket-bot",
             "uid": job.uid,
         }
+
+    def test_the_data_report(self, job: TestJob) -> None:
+        said: Report = job.report  # type: ignore[attr-defined]
+        assert said.dataset is not None
+        assert said.dataset.report_uri == f"{job.bucket.uri(job.work)}/prepare/report.md"
+        text = job.bucket.get(f"{job.work}/prepare/report.md").decode()
+        assert "| rows | 48 | 9 |" in text
+        found = job.bucket.json(f"{job.work}/prepare/report.json")
+        assert found["train"]["tokens"] == said.dataset.train_tokens
+        assert [source["rows"] for source in found["trainSources"]] == [48]
 
     def test_a_restart_finds_the_plan(self, job: TestJob, monkeypatch: pytest.MonkeyPatch) -> None:
         before = job.bucket.get(f"{job.work}/{layout.PLAN}")
@@ -329,8 +338,11 @@ class TestHeldOutRows:
         examples=st.integers(0, 2000), split=st.sampled_from([None, "0", "0.05", "0.5", "0.999"]), seed=st.integers(0)
     )
     def test_something_is_always_left_to_learn(self, examples: int, split: str | None, seed: int) -> None:
-        held_out = choose_held_out(range(examples), split, seed)
-        assert held_out == choose_held_out(range(examples), split, seed)
+        labels = [0] * examples
+        chosen = choose_held_out(range(examples), split, seed, labels)
+        assert chosen == choose_held_out(range(examples), split, seed, labels)
+        held_out = set(chosen)
+        assert len(held_out) == len(chosen)
         assert held_out <= set(range(examples))
         assert len(held_out) < max(1, examples)
         if split is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -71,6 +73,10 @@ class TestShareGPT:
     def test_an_empty_system_message_says_nothing(self) -> None:
         value = {"conversations": [{"from": "system", "value": ""}, HUMAN, GPT], "system": ""}
         assert parse(value) == Conversation((ASKED, BETTER))
+
+    def test_a_weight_that_is_null(self) -> None:
+        with pytest.raises(RowError, match="all have weight 0"):
+            parse({"conversations": [HUMAN, {**GPT, "weight": None, "loss": 0}]})
 
     @pytest.mark.parametrize("key", ["weight", "loss"])
     def test_weights(self, key: str) -> None:
@@ -185,6 +191,21 @@ class TestTools:
             "has a tool's answer that no tool call asked for"
         )
 
+    @pytest.mark.parametrize("value", [Decimal(1), date(2026, 1, 1), b"x"])
+    def test_values_of_a_parquet_file_that_json_does_not_have(self, value: Any) -> None:
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"day": value}}}]}
+        assert reason({"messages": [USER, call]}) == "has a tool call whose arguments are not JSON"
+        assert reason({"messages": [USER, ANSWER], "tools": [{"name": "a", "since": value}]}) == (
+            "has tools that are not JSON"
+        )
+
+    def test_an_answer_to_another_call(self) -> None:
+        call = {"role": "assistant", "tool_calls": [{"id": "one", "function": {"name": "weather"}}]}
+        answer = {"role": "tool", "tool_call_id": "two", "content": "2"}
+        assert reason({"messages": [USER, call, answer, ANSWER]}) == "has a tool's answer that no tool call asked for"
+        late = [USER, call, USER, {**answer, "tool_call_id": "one"}, ANSWER]
+        assert reason({"messages": late}) == "has a tool's answer that no tool call asked for"
+
 
 class TestReasoning:
     @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
@@ -221,6 +242,27 @@ class TestPreference:
         assert found(PAIRS[name]) is DataFormat.PREFERENCE
         assert parse(PAIRS[name]) == PREFERRED
         assert parse(PAIRS[name], DataFormat.PREFERENCE) == PREFERRED
+
+    def test_a_system_message_that_the_answers_repeat(self) -> None:
+        system = {"role": "system", "content": "Be brief"}
+        parsed = parse({"prompt": "Hi", "chosen": [system, USER, ANSWER], "rejected": [system, USER, RUDE]})
+        assert parsed.prompt.messages == (Message("system", "Be brief"), ASKED)
+        assert (parsed.chosen, parsed.rejected) == ((BETTER,), (WORSE,))
+        other = {**system, "content": "Be kind"}
+        assert "different system messages" in reason(
+            {"prompt": "Hi", "chosen": [system, USER, ANSWER], "rejected": [other, USER, RUDE]}
+        )
+
+    def test_a_dialogue_as_the_prompt(self) -> None:
+        value = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello", "rejected": "Go away"}
+        assert parse(value) == PREFERRED
+
+    def test_cells_of_a_csv_file_that_hold_messages(self) -> None:
+        value = {"prompt": [USER], "chosen": [ANSWER], "rejected": [RUDE]}
+        assert parse({name: json.dumps(item) for name, item in value.items()}) == PREFERRED
+        # A text that looks like JSON stays a text.
+        text = parse({"prompt": "[1, 2]", "completion": '{"name": "Ann"}'}).messages
+        assert [message.content for message in text] == ["[1, 2]", '{"name": "Ann"}']
 
     def test_several_turns_before(self) -> None:
         first = {"role": "assistant", "content": "Yes?"}

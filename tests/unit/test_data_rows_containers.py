@@ -282,7 +282,8 @@ class TestParquet:
             }
         )
         found = values_of(read(tmp_path / "rows.parquet", parquet(table)))
-        assert [value["messages"] for value in found] == [messages] * 3
+        # A struct has the members of all rows; what a row does not have is not in it.
+        assert [value["messages"] for value in found] == [[{"role": "user", "content": "?"}, messages[1]]] * 3
         assert [value["kind"] for value in found] == ["a", "b", "a"]
         assert [value["tags"] for value in found] == [{"x": 1}, {}, None]
         assert {value["nothing"] for value in found} == {None}

@@ -154,7 +154,8 @@ class TestCopies:
     def test_how_many(self, weights: list[str], data: st.DataObject) -> None:
         numbers = data.draw(st.lists(st.integers(0, len(weights) - 1), max_size=60))
         held_out = data.draw(st.sets(st.integers(0, max(0, len(numbers) - 1))))
-        found = copies(array("H", numbers), entries(*weights), held_out, 42)
+        left_out = [example in held_out for example in range(len(numbers))]
+        found = copies(array("H", numbers), entries(*weights), left_out, 42)
         assert len(found) == len(numbers)
         assert not any(found[example] for example in held_out & set(range(len(numbers))))
         for number, weight in enumerate(weights):
@@ -164,10 +165,10 @@ class TestCopies:
 
     def test_the_seed_chooses_and_other_sources_do_not(self) -> None:
         one, other = entries("0.5", "1.5")
-        first = copies([0] * 40 + [1] * 40, [one, other], set(), 42)
-        second = copies([0] * 40 + [1] * 40, [other, one], set(), 42)
+        first = copies([0] * 40 + [1] * 40, [one, other], [False] * 80, 42)
+        second = copies([0] * 40 + [1] * 40, [other, one], [False] * 80, 42)
         assert (first[:40], first[40:]) == (second[40:], second[:40])
         assert Counter(first) == {0: 20, 1: 40, 2: 20}
-        assert first[:40] == copies([0] * 40, [one], set(), 42)
-        assert first[:40] != copies([0] * 40, [one], set(), 43)
+        assert first[:40] == copies([0] * 40, [one], [False] * 40, 42)
+        assert first[:40] != copies([0] * 40, [one], [False] * 40, 43)
         assert [copy - 1 for copy in first[40:]] != list(first[:40])

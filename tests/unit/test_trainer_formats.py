@@ -94,7 +94,24 @@ class TestFindingTheFormat:
         )
 
 
+def test_a_row_in_the_place_of_a_header_is_not_shown() -> None:
+    with pytest.raises(JobError) as caught:
+        row_format(DataFormat.AUTO, None, row({CONTENT * 10: "x"}))
+    assert CONTENT * 10 not in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+def test_a_system_message_beside_the_messages() -> None:
+    parsed = parse({"messages": [USER, ANSWER], "system": "Be brief"})
+    assert parsed.messages[0] == Message("system", "Be brief")
+
+
 class TestPromptAndCompletion:
+    def test_a_history_is_not_lost(self) -> None:
+        assert reason({"instruction": "a", "output": "b", "history": [["c", "d"]]}, DataFormat.ALPACA) == (
+            "has a history: write its turns as messages"
+        )
+
     @pytest.mark.parametrize("context", [{}, {"input": ""}, {"input": None}, {"input": "  "}])
     def test_alpaca_without_context(self, context: dict[str, Any]) -> None:
         assert parse({"instruction": "Hi", "output": "Hello", **context}) == PLAIN
@@ -171,7 +188,7 @@ class TestChat:
             (chat(USER, CONTENT), "has a message that is not an object"),
             (chat(USER, None), "has a message that is not an object"),
             (chat({"role": CONTENT, "content": "x"}, ANSWER), ROLE),
-            (chat({"role": "tool", "content": CONTENT}, ANSWER), "does not begin with a user turn"),
+            (chat({"role": "tool", "content": CONTENT}, ANSWER), "has a tool's answer that no tool call asked for"),
             (chat({"content": CONTENT}, ANSWER), ROLE),
             (chat({"role": [], "content": ""}, ANSWER), ROLE),
             (

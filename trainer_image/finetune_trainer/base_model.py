@@ -185,7 +185,8 @@ class BaseModel:
         return max(sizes, key=lambda name: sizes[name])
 
     def require_trainable(self) -> None:
-        """
+        """Tells by configuration and tokenizer.
+
         Raises:
             JobError: ModelError, when the model is of a kind that cannot be trained.
         """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_api.document import StorageSettings
 from finetune_api.failures import JobError, exit_code_of
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import AddressingStyle, FineTuneJobSpec
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import sources
 from finetune_trainer.data.report import DataReport, to_markdown
@@ -27,11 +27,17 @@ def check(spec: FineTuneJobSpec, folder: Path) -> DataReport:
     Raises:
         JobError: what would fail the job in its prepare stage.
     """
-    storage = StorageSettings(endpoint=spec.storage.endpoint, region=spec.storage.region, allow_files=True)
+    given = spec.storage
+    path_style = {AddressingStyle.PATH: True, AddressingStyle.VIRTUAL: False}.get(given.addressing_style)
+    if path_style is None and given.endpoint:
+        path_style = True
+    storage = StorageSettings(endpoint=given.endpoint, region=given.region, path_style=path_style, allow_files=True)
     model = BaseModel(open_folder(spec.model.uri, storage))
+    model.require_trainable()
     train, validation = sources.find(spec.dataset, storage)
     model.download(folder / "base", SMALL_FILES)
-    _, _, report = prepare.read_data(spec, storage, model, train, validation, folder / "base", folder / "data")
+    renderer = prepare.load_renderer(folder / "base", model, spec.dataset)
+    _, report = prepare.read_data(spec, storage, model.folder.uri, renderer, train, validation, folder / "data")
     return report
 
 

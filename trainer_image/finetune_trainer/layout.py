@@ -4,7 +4,7 @@ prepare/job.json                          names the job that all this belongs to
 prepare/plan.json, train.arrow, validation.arrow
 prepare/report.md, report.json            the data report
 evaluation/base.json                      measured once, never overwritten
-evaluation/reference-<set>.safetensors    what the base says of the pairs, computed once
+evaluation/reference-<set>-<format>.safetensors   what the base says of the answers, computed once
 train/<attempt>/checkpoints/<step>/…      manifest.json last
 train/<attempt>/final/…                   manifest.json last
 train/<attempt>/checkpoints/<step>/part-<node>-<life>.json   what another pod has added to it
@@ -33,9 +33,9 @@ MANIFEST = "manifest.json"
 LOG_FILE = "log.txt"
 
 
-def reference(name: str) -> str:
-    """Log-probabilities of a set's answers under the base."""
-    return f"evaluation/reference-{name}.safetensors"
+def reference(name: str, compute: str) -> str:
+    """Log-probabilities of a set's answers under the base, in the number format of the training."""
+    return f"evaluation/reference-{name}-{compute.lower()}.safetensors"
 
 
 def attempt_prefix(stage: Stage, attempt: int) -> str:

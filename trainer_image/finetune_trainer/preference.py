@@ -187,12 +187,15 @@ def with_others(rows: Dataset, seed: int) -> Dataset:
     TRL takes the answer of the neighbour in the micro-batch, so that how the batch is cut would decide what is learnt.
     """
     prompts, answers = (lengths(rows, name).int().tolist() for name in ("prompt_ids", "completion_ids"))
+    # Several answers to one prompt are usual.
+    asked = [hash(tuple(ids.as_py())) for chunk in _column(rows, "prompt_ids").chunks for ids in chunk]
     longest = max((p + a for p, a in zip(prompts, answers, strict=True)), default=0)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     partner = [0] * len(rows)
     for place, row in enumerate(order):
         nearby = (order[place - back] for back in range(1, min(PARTNERS, len(rows) - 1) + 1))
-        partner[row] = next((other for other in nearby if prompts[row] + answers[other] <= longest), row)
+        fitting = (other for other in nearby if prompts[row] + answers[other] <= longest)
+        partner[row] = next((other for other in fitting if asked[other] != asked[row]), row)
     taken = _column(rows, "completion_ids").take(pa.array(partner, pa.int64()))
     return rows.add_column(OTHER, taken.combine_chunks())
 

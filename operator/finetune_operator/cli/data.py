@@ -62,8 +62,11 @@ def _spec_of(file: TextIO) -> dict[str, Any]:
     jobs = [manifest.body for manifest in manifests.read(file.read()) if manifest.is_finetune_job]
     if len(jobs) != 1:
         raise click.ClickException(f"{file.name} holds {len(jobs)} FineTuneJobs, not one")
-    spec: dict[str, Any] = jobs[0].get("spec") or {}
-    return spec
+    spec = jobs[0].get("spec")
+    parts = [spec, *((spec.get(name, {}) for name in ("dataset", "method")) if isinstance(spec, dict) else ())]
+    if not all(isinstance(part, dict) for part in parts):
+        raise click.ClickException(f"{file.name}: spec, spec.dataset and spec.method are objects: write their fields")
+    return dict(spec)
 
 
 def _override(

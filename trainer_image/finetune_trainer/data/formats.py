@@ -13,6 +13,7 @@ from finetune_trainer.data.examples import Conversation, Example, Judged, Messag
 from finetune_trainer.data.messages import (
     characters,
     message_list,
+    messages_in,
     parse_messages,
     parse_tools,
     require_conversation,
@@ -20,7 +21,7 @@ from finetune_trainer.data.messages import (
 from finetune_trainer.data.rows import Row, RowError
 
 USUAL_COLUMNS = {
-    DataFormat.CHAT: Columns(messages="messages", tools="tools"),
+    DataFormat.CHAT: Columns(messages="messages", system="system", tools="tools"),
     DataFormat.SHAREGPT: Columns(messages="conversations", system="system", tools="tools"),
     DataFormat.ALPACA: Columns(prompt="instruction", completion="output", input="input", system="system"),
     DataFormat.QUESTION_ANSWER: Columns(prompt="question", completion="answer", system="system"),
@@ -75,7 +76,8 @@ def row_format(asked: DataFormat, columns: Columns | None, first: Row) -> RowFor
     keys = first.value.keys()
     found = asked if asked is not DataFormat.AUTO else _format_of(keys)
     if found is None:
-        shown = ", ".join(sorted(str(key) for key in keys)[:12]) or "none"
+        # A CSV file without a header has a row in its place.
+        shown = ", ".join(sorted(str(key)[:40] for key in keys)[:12]) or "none"
         raise JobError(
             FailureClass.DATA_ERROR,
             f"{first.file}: the format cannot be found out from the columns ({shown}). Set dataset.format and "
@@ -136,6 +138,8 @@ def _string(value: dict[str, Any], column: str, *, optional: bool = False) -> st
 def _spoken(value: dict[str, Any], column: str, role: str) -> tuple[Message, ...]:
     """A column that holds what one speaker says: as a string, as one message, or as a list of messages."""
     raw = value.get(column)
+    if isinstance(raw, str):
+        raw = messages_in(raw) or raw
     if not isinstance(raw, list | dict):
         return (Message(role, _string(value, column)),)
     return parse_messages([raw] if isinstance(raw, dict) else message_list(raw, column))
@@ -178,7 +182,9 @@ def _parse_answer(value: dict[str, Any], columns: Columns) -> tuple[Conversation
 
 def _prompt(value: dict[str, Any], columns: Columns) -> Conversation:
     assert columns.prompt is not None
-    spoken = _spoken(value, columns.prompt, "user")
+    if value.get("history"):
+        raise RowError("has a history: write its turns as messages")
+    spoken = _dialogue(value, columns.prompt, "user")
     context = _string(value, columns.input, optional=True) if columns.input else ""
     if context.strip():
         spoken = (*spoken[:-1], replace(spoken[-1], content=f"{spoken[-1].content}\n\n{context}"))
@@ -212,8 +218,10 @@ def _parse_preference(value: dict[str, Any], columns: Columns) -> Preference:
         before = parse_messages(message_list(value.get(columns.messages), columns.messages))
     elif columns.prompt:
         before = _prompt(value, columns).messages
-    chosen, rejected = _dialogue(value, columns.chosen), _dialogue(value, columns.rejected)
+    chosen = _dialogue(value, columns.chosen, "assistant")
+    rejected = _dialogue(value, columns.rejected, "assistant")
     if before:
+        before = _with_system(before, chosen, rejected)
         chosen, rejected = _without(before, chosen), _without(before, rejected)
     else:
         shared = _shared(chosen, rejected)
@@ -234,24 +242,33 @@ def _preference(prompt: Conversation, chosen: tuple[Message, ...], rejected: tup
     return Preference(prompt, chosen, rejected)
 
 
-def _dialogue(value: dict[str, Any], column: str) -> tuple[Message, ...]:
-    """An answer, or a whole conversation that ends with it."""
+def _dialogue(value: dict[str, Any], column: str, role: str) -> tuple[Message, ...]:
+    """What one says, or a whole conversation that ends with it."""
     raw = value.get(column)
     if isinstance(raw, str) and DIALOGUE.match(raw):
         _, *parts = DIALOGUE.split(raw)
-        turns = zip(parts[::2], parts[1::2], strict=True)
+        turns = [*zip(parts[::2], parts[1::2], strict=True)]
+        if role == "user" and not turns[-1][1].strip():
+            turns.pop()  # the answer comes here
         said = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()} for who, text in turns]
         return parse_messages(said)
-    return _spoken(value, column, "assistant")
+    return _spoken(value, column, role)
+
+
+def _with_system(prompt: tuple[Message, ...], *answers: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The prompt with the system message that the answers repeat with it."""
+    said = {message for messages in (prompt, *answers) for message in messages[:1] if message.role == "system"}
+    if len(said) > 1:
+        raise RowError("has different system messages in prompt and answers")
+    return prompt if not said or prompt[0] in said else (*said, *prompt)
 
 
 def _without(prompt: tuple[Message, ...], answer: tuple[Message, ...]) -> tuple[Message, ...]:
     """The answer alone, where it repeats the prompt."""
     asked = [(message.role, message.content) for message in prompt if message.role != "system"]
-    said = [(message.role, message.content) for message in answer if message.role != "system"]
-    if len(said) > len(asked) and said[: len(asked)] == asked:
-        return tuple(message for message in answer if message.role != "system")[len(asked) :]
-    return answer
+    alone = tuple(message for message in answer if message.role != "system")
+    said = [(message.role, message.content) for message in alone]
+    return alone[len(asked) :] if len(said) > len(asked) and said[: len(asked)] == asked else alone
 
 
 def _shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
@@ -279,7 +296,9 @@ def _parse_judged(value: dict[str, Any], columns: Columns) -> Judged:
 
 
 def _truth(value: dict[str, Any], column: str) -> bool:
-    raw = value.get(column)
+    if column not in value:
+        raise RowError(f"has no {column!r}")
+    raw = value[column]
     if isinstance(raw, str):  # of a CSV file
         raw = {"true": True, "1": True, "false": False, "0": False}.get(raw.strip().lower())
     if raw not in (True, False):

@@ -36,8 +36,6 @@ SHAREGPT_ROLES = ROLES | {
 """What data sets of that shape call the speakers."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 KNOWN_KEYS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "function_call", *REASONING_KEYS}
-IGNORED_KEYS = {"refusal", "audio", "annotations"}
-"""What OpenAI's answers carry; nothing is lost while they are empty."""
 
 
 def characters(text: str) -> str:
@@ -61,6 +59,19 @@ def message_list(raw: Any, column: str) -> list[Any]:
     if not raw:
         raise RowError(f"{column!r} is empty")
     return raw
+
+
+def messages_in(text: str) -> Any:
+    """The messages that a CSV cell holds as JSON text; None when it holds something else."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    several = found if isinstance(found, list) else [found]
+    shaped = several and all(isinstance(item, dict) and ({"role", "from"} & item.keys()) for item in several)
+    return found if shaped else None
 
 
 def parse_messages(raw: list[Any]) -> tuple[Message, ...]:
@@ -92,7 +103,14 @@ def parse_tools(raw: Any) -> str:
     tools = [tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool} for tool in raw]
     if not all(isinstance(tool["function"].get("name"), str) and tool["function"]["name"] for tool in tools):
         raise RowError("has a tool without a name")
-    return characters(json.dumps(tools, ensure_ascii=False))
+    return _json(tools, "has tools that are not JSON")
+
+
+def _json(value: Any, problem: str) -> str:
+    try:
+        return characters(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError) as error:
+        raise RowError(problem) from error  # a date of a Parquet file, say
 
 
 def require_conversation(messages: Sequence[Message], *, answered: bool = True) -> None:
@@ -111,7 +129,7 @@ def require_conversation(messages: Sequence[Message], *, answered: bool = True) 
         raise RowError("has a prompt that ends with an assistant turn, so that nothing is left to answer")
     called = 0
     for before, message in pairwise(spoken):
-        if before.role == "assistant":
+        if before.role != "tool":
             called = len(before.tool_calls)
         if message.role == "tool":
             if called == 0:
@@ -152,7 +170,7 @@ def _parse_turn(raw: dict[str, Any]) -> Message:
     unknown = {key for key, item in raw.items() if item not in (None, [], "")} - {"from", "value", "weight", "loss"}
     if unknown:
         raise RowError(f"has a turn with the unknown key {min(unknown, key=str)!r}")
-    weight = raw.get("weight", raw.get("loss"))
+    weight = raw.get("weight") if raw.get("weight") is not None else raw.get("loss")
     if weight not in (None, 0, 1):
         raise RowError("has a turn whose weight is neither 0 nor 1")
     if speaker == "call":
@@ -231,7 +249,8 @@ def _call(raw: Any, identity: str) -> ToolCall:
             raise RowError("has a tool call whose arguments are not JSON") from error
     if not isinstance(arguments, dict):
         raise RowError("has a tool call whose arguments are not an object")
-    return ToolCall(characters(raw["name"]), characters(json.dumps(arguments, ensure_ascii=False)), identity)
+    text = _json(arguments, "has a tool call whose arguments are not JSON")
+    return ToolCall(characters(raw["name"]), text, identity)
 
 
 def _with_ids(messages: Iterator[Message]) -> Iterator[Message]:
@@ -248,11 +267,10 @@ def _with_ids(messages: Iterator[Message]) -> Iterator[Message]:
             waiting = calls
             yield replace(message, tool_calls=tuple(calls))
         elif message.role == "tool":
-            answered = next((call for call in waiting if call.id == message.tool_call_id), None)
-            answered = answered or (waiting[0] if waiting else None)
+            named = message.tool_call_id
+            answered = next((call for call in waiting if not named or call.id == named), None)
             if answered is None:
-                yield message
-                continue
+                raise RowError("has a tool's answer that no tool call asked for")
             waiting = [call for call in waiting if call is not answered]
             yield replace(message, name=message.name or answered.name, tool_call_id=message.tool_call_id or answered.id)
         else:

@@ -81,24 +81,31 @@ def prepare(
     count = rows.count
     measured = prepared.write_rows(rows.read(validation, dataset.validation or []), validation_path, kind)
     rows.problems.check(rows.seen)
-    of_train, of_validation = rows.digests[:count], rows.digests[count:]
-    again = duplicates.repeated(of_train)
-    held: set[int] = set()
+    texts, others = rows.texts[:count], rows.texts[count:]
+    held = np.zeros(count, dtype=bool)
     if not validation:
-        held = held_out(np.flatnonzero(~again), dataset.validation_split, seed)
-        of_validation = array("Q", (of_train[example] for example in held))
-        measured = prepared.write_rows(_select(both, kind, rows.owners, held.__contains__), validation_path, kind)
-    leaked = duplicates.among(of_train, of_validation)
-    leaked[list(held)] = False
-    left_out = {*held, *map(int, np.flatnonzero(leaked))}
+        first = np.flatnonzero(~duplicates.repeated(texts))
+        held[held_out(first, dataset.validation_split, seed, np.frombuffer(rows.labels, dtype=np.int8)[first])] = True
+        others = array("Q", np.frombuffer(texts, dtype=np.uint64)[held].tobytes())
+        measured = prepared.write_rows(_select(both, kind, rows.owners, held.__getitem__), validation_path, kind)
+    leaked = duplicates.among(texts, others) & ~held
+    again = duplicates.repeated(rows.digests[:count]) & ~held & ~leaked
+    left_out = held | leaked
     if dataset.duplicates is DuplicatePolicy.REMOVE:
-        left_out.update(map(int, np.flatnonzero(again)))
-    if left_out or sources.is_weighted(dataset.train):
+        left_out |= again
+    if left_out.any() or sources.is_weighted(dataset.train):
         copies = sources.copies(rows.sources[:count], dataset.train, left_out, seed)
         learnt = prepared.write_rows(_select(both, kind, rows.owners, copies.__getitem__), train_path, kind)
         both.unlink()
     else:
         both.replace(train_path)
+    if count and learnt.rows == 0:
+        raise JobError(
+            FailureClass.DATA_ERROR,
+            f"Of {count} examples to learn from none is left: {int(leaked.sum())} of them are in the validation set, "
+            "too, and the weights of the sources choose none of the others. Name other validation rows, or higher "
+            "weights.",
+        )
     _require_rows(learnt, measured, dataset)
     if kind is LabelledRow:
         _require_labels(train_path, validation_path)
@@ -130,6 +137,10 @@ class _Rows:
         """For each example the number of its source."""
         self.digests = array("Q")
         """For each example what tells it from others."""
+        self.texts = array("Q")
+        """And what tells what a model sees of it."""
+        self.labels = array("b")
+        """And whether it is judged good, where that is so."""
         self.found: list[SourceCounts] = []
 
     def read(self, files: Files, entries: Sequence[DataFile]) -> Iterator[PreparedRow]:
@@ -182,12 +193,15 @@ class _Rows:
         self.owners.extend([self.count] * len(rows))
         self.sources.append(source)
         self.digests.append(duplicates.digest(rows))
+        self.texts.append(duplicates.text_digest(rows))
+        self.labels.append(any(isinstance(row, LabelledRow) and row.label for row in rows))
         self.count += 1
         yield from rows
 
 
-def held_out(examples: Sequence[int], split: str | None, seed: int) -> set[int]:
-    """The examples that are measured instead of learnt."""
+def held_out(examples: Sequence[int], split: str | None, seed: int, labels: Sequence[int]) -> list[int]:
+    """The examples that are measured instead of learnt. Of answers that are judged, good and bad ones are held out in
+    the same share, and one of each at least."""
     total = len(examples)
     if split is None:
         count = min(DEFAULT_SPLIT_MAX_ROWS, round(total * DEFAULT_SPLIT))
@@ -195,14 +209,22 @@ def held_out(examples: Sequence[int], split: str | None, seed: int) -> set[int]:
     else:
         fraction = float(split)
         count = min(total - 1, max(1, round(total * fraction))) if fraction and total else 0
-    return {int(examples[place]) for place in random.Random(seed).sample(range(total), count)}
+    judged = [[place for place in range(total) if bool(labels[place]) is kind] for kind in (True, False)]
+    groups: list[Sequence[int]] = [range(total)]
+    shares = [count]
+    if all(judged) and count > 1:
+        good = min(count - 1, max(1, round(count * len(judged[0]) / total)), len(judged[0]))
+        groups, shares = [*judged], [good, min(count - good, len(judged[1]))]
+    drawn = random.Random(seed)
+    places = [place for group, share in zip(groups, shares, strict=True) for place in drawn.sample(group, share)]
+    return [int(examples[place]) for place in places]
 
 
 def _select(path: Path, kind: RowKind, owners: array[int], copies: Callable[[int], int]) -> Iterator[PreparedRow]:
     """The rows of a set as often as `copies` says of their example."""
     rows = prepared.read_rows(path)
     for number in range(len(rows)):
-        for _ in range(copies(owners[number])):
+        for _ in range(int(copies(owners[number]))):
             yield kind(**rows[number])
 
 

@@ -28,6 +28,9 @@ from finetune_trainer.data.examples import Conversation, Example, Judged, Messag
 from finetune_trainer.data.rows import RowError
 from finetune_trainer.data.token_rows import IGNORED, LabelledRow, PairRow, PreparedRow, TokenRow
 
+THOUGHT_END = "</think>"
+"""Ends the reasoning in the content of many models' answers."""
+
 TEMPLATE_DATE = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
 """What a template is told as today's date: the same data must give the same tokens tomorrow. It is in the manifest."""
 
@@ -157,16 +160,16 @@ class Renderer:
     def _rendered(self, conversation: Conversation, supervised: Supervised) -> Iterator[_Rendered]:
         """Rendered texts with the character spans of what is learnt."""
         messages = conversation.messages
-        if supervised is Supervised.ALL:
-            text = self._render(messages, conversation.tools)
-            self._require_all(text, conversation)
-            yield _Rendered(text, None)
-            return
-        learnt = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
-        if supervised is Supervised.LAST_TURN:
-            learnt = learnt[-1:]
         whole = self._render(messages, conversation.tools)
         self._require_all(whole, conversation)
+        if supervised is Supervised.ALL:
+            if not all(message.learnt for message in messages):
+                raise RowError("has a weight of 0, and dataset.supervised All learns everything")
+            for message in messages:
+                _require_said(whole, message)
+            yield _Rendered(whole, None)
+            return
+        learnt = [turn for turn in _turns(messages, supervised) if messages[turn].learnt]
         spans = [self._span(whole, conversation, turn) for turn in learnt]
         if all(spans):
             # Text behind the last turn that is learnt (weights) is context of nothing, and stays as it was written.
@@ -189,10 +192,15 @@ class Renderer:
         if conversation.tools and text == self._render(conversation.messages, ""):
             raise RowError("has tools, which the model's chat template leaves out")
         for message in conversation.messages:
-            # What the assistant thought in earlier turns is left out on purpose, and tools' answers are often
-            # reformatted.
+            # Earlier turns of the assistant are rewritten on purpose, and tools' answers are often reformatted.
             if message.role in ("system", "user") and message.content.strip() not in text:
                 raise RowError(f"has a message of the {message.role} that the model's chat template leaves out")
+            if any(call.name not in text for call in message.tool_calls):
+                raise RowError("has tool calls, which the model's chat template leaves out")
+        if any(message.role == "tool" for message in conversation.messages):
+            silent = [replace(m, content="") if m.role == "tool" else m for m in conversation.messages]
+            if text == self._render(silent, conversation.tools):
+                raise RowError("has answers of tools, which the model's chat template leaves out")
 
     def _with_reasoning(self, text: str, spans: list[_Span], turns: Sequence[Message]) -> _Rendered:
         """
@@ -202,15 +210,12 @@ class Renderer:
         unlearnt = []
         for span, message in zip(spans, turns, strict=True):
             said = text[span.start : span.end]
-            if any(call.name not in said for call in message.tool_calls):
-                raise RowError("has tool calls, which the model's chat template leaves out")
-            if not message.reasoning:
-                continue
+            _require_said(said, message)
             thought = message.reasoning.strip()
-            if thought not in said:
-                raise RowError("has reasoning, which the model's chat template leaves out")
-            if not self._rules.reasoning:
-                unlearnt.append(_Span(span.start, span.start + said.index(thought) + len(thought)))
+            # Some rows hold the reasoning in the content.
+            end = max(said.find(thought) + len(thought) if thought else 0, said.rfind(THOUGHT_END) + len(THOUGHT_END))
+            if not self._rules.reasoning and (thought or THOUGHT_END in said):
+                unlearnt.append(_Span(span.start, span.start + end))
         return _Rendered(text, spans, unlearnt)
 
     def _span(self, text: str, conversation: Conversation, turn: int) -> _Span | None:
@@ -283,23 +288,27 @@ class Renderer:
     # Preferences
 
     def _pair(self, example: Preference) -> list[PairRow]:
+        """
+        Raises:
+            RowError: the pair cannot be used.
+        """
         chosen = self._answer(example.prompt, example.chosen)
         rejected = self._answer(example.prompt, example.rejected)
         # A tokenizer may join the end of the prompt with the beginning of an answer, which such a token belongs to.
         start = min(_start(chosen), _start(rejected), _common(chosen.input_ids, rejected.input_ids))
-        fitting = [self._fitted(row.input_ids, start) for row in (chosen, rejected)]
-        if not all(fitting):
-            return []
-        prompt, (better, worse) = chosen.input_ids[:start], (ids[start:] for ids in fitting)
-        if better == worse:
+        if chosen == rejected:
             raise RowError("has the same answer as chosen and as rejected")
-        return [PairRow(prompt, better, worse)]
+        fitting = self._fitted([chosen.input_ids, rejected.input_ids], start)
+        if not fitting:
+            return []
+        better, worse = (ids[start:] for ids in fitting)
+        return [PairRow(chosen.input_ids[:start], better, worse)]
 
     def _judged(self, example: Judged) -> list[LabelledRow]:
         row = self._answer(example.prompt, example.completion)
         start = _start(row)
-        ids = self._fitted(row.input_ids, start)
-        return [LabelledRow(ids[:start], ids[start:], example.desirable)] if ids else []
+        fitting = self._fitted([row.input_ids], start)
+        return [LabelledRow(ids[:start], ids[start:], example.desirable) for ids in fitting]
 
     def _answer(self, prompt: Conversation, answer: Sequence[Message]) -> TokenRow:
         """A prompt with one answer, of which only the answer is learnt, up to its stop token: what some templates write
@@ -311,18 +320,21 @@ class Renderer:
         end = max(i for i, label in enumerate(row.labels) if label != IGNORED) + 1
         return TokenRow(row.input_ids[:end], row.labels[:end])
 
-    def _fitted(self, ids: list[int], start: int) -> list[int]:
-        """A prompt with its answer, which begins at `start`; empty when it was dropped for its length."""
+    def _fitted(self, answers: list[list[int]], start: int) -> list[list[int]]:
+        """A prompt with each of its answers, which begin at `start`; empty when they were dropped for their length."""
         length = self._rules.max_length
-        if len(ids) <= length:
-            return ids
+        if all(len(ids) <= length for ids in answers):
+            return answers
         if self._rules.overlong is OverlongPolicy.FAIL:
             raise RowError(f"is longer than {length} tokens (dataset.maxLength)")
         self.counts.overlong += 1
-        if self._rules.overlong is OverlongPolicy.TRUNCATE and start < length:
+        cut = [ids[:length] for ids in answers]
+        # Two answers may differ only behind the cut.
+        told_apart = len(answers) == 1 or cut[0] != cut[1]
+        if self._rules.overlong is OverlongPolicy.TRUNCATE and start < length and told_apart:
             self.counts.truncated += 1
-            self.counts.truncated_tokens += len(ids) - length
-            return ids[:length]
+            self.counts.truncated_tokens += sum(max(0, len(ids) - length) for ids in answers)
+            return cut
         self.counts.dropped += 1
         return []
 
@@ -355,7 +367,11 @@ class Renderer:
 
     def _by_turns(self, conversation: Conversation) -> Iterator[TokenRow]:
         """Rows of as many whole turns as there is room for, each with the system message before them."""
-        messages = conversation.messages
+        kept = {*_turns(conversation.messages, self._rules.supervised)}
+        messages = tuple(
+            replace(message, learnt=message.learnt and (message.role != "assistant" or turn in kept))
+            for turn, message in enumerate(conversation.messages)
+        )
         system = messages[:1] if messages[0].role == "system" else ()
         turns: list[tuple[Message, ...]] = []
         for message in messages[len(system) :]:
@@ -382,10 +398,32 @@ class Renderer:
         none."""
         if not any(message.learnt for message in messages if message.role == "assistant"):
             return []
-        rows = list(self._turn_rows(Conversation(messages, conversation.tools)))
+        # Which turns are learnt is decided for the whole.
+        rule = Supervised.ALL if self._rules.supervised is Supervised.ALL else Supervised.ASSISTANT_TURNS
+        rows = list(self._turn_rows(Conversation(messages, conversation.tools), rule))
         if any(len(row.input_ids) > self._rules.max_length for row in rows):
             return None
         return [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+
+
+def _turns(messages: Sequence[Message], supervised: Supervised) -> list[int]:
+    """Places of the assistant's turns that the rule is about."""
+    turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+    return turns[-1:] if supervised is Supervised.LAST_TURN else turns
+
+
+def _require_said(text: str, message: Message) -> None:
+    """
+    Raises:
+        RowError: the template leaves out a part of what the assistant says.
+    """
+    if any(call.name not in text for call in message.tool_calls):
+        raise RowError("has tool calls, which the model's chat template leaves out")
+    if message.reasoning.strip() not in text:
+        raise RowError("has reasoning, which the model's chat template leaves out")
+    # Reasoning within the content is often written in another way.
+    if message.role == "assistant" and message.content.rpartition(THOUGHT_END)[2].strip() not in text:
+        raise RowError("has a message of the assistant that the model's chat template leaves out")
 
 
 def _start(row: TokenRow) -> int:

@@ -37,7 +37,7 @@ class Source(ApiModel):
     rows: int
     """Rows that were read, whether or not they could be used."""
     examples: int
-    """Rows that were used."""
+    """Rows that can be used."""
     weight: str = "1"
 
 
@@ -105,7 +105,7 @@ class DataReport(ApiModel):
     split_conversations: int
     """Conversations that became one row for each assistant turn, because the template rewrites earlier turns."""
     duplicates: int
-    """Train examples that are equal to another one before them."""
+    """Train examples that are equal to another one before them, and are not in the validation set."""
     duplicates_removed: bool
     leaked: int
     """Train examples that are in the validation set, too; they are not learnt."""
@@ -133,7 +133,7 @@ def build(
         model=model,
         method=method.value,
         max_length=renderer.max_length,
-        stop_tokens=renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids),
+        stop_tokens=[_token(renderer.tokenizer, token) for token in renderer.stop_ids],
         train=_rows(data.train, train),
         validation=_rows(data.validation, validation),
         train_sources=[
@@ -155,6 +155,12 @@ def build(
         leaked=data.leaked,
         samples=[*_samples(train, data.train.rows, method, renderer.tokenizer, seed)],
     )
+
+
+def _token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Some models name stop tokens that their tokenizer does not have."""
+    found = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+    return str(found or f"({token})")
 
 
 def _rows(summary: SetSummary, path: Path) -> Rows:
@@ -239,7 +245,7 @@ def to_markdown(report: DataReport) -> str:
         ("longest row", [rows.lengths.longest for rows in both]),
     ):
         lines.append(f"| {name} | {values[0]:,} | {values[1]:,} |")
-    lines += ["", "## Sources", "", "| source | format | rows | used | weight |", "|---|---|---:|---:|---:|"]
+    lines += ["", "## Sources", "", "| source | format | rows | usable | weight |", "|---|---|---:|---:|---:|"]
     for source in report.train_sources:
         lines.append(f"| `{source.uri}` | {source.format} | {source.rows:,} | {source.examples:,} | {source.weight} |")
     for source in report.validation_sources:

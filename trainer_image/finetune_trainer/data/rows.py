@@ -431,18 +431,29 @@ def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | _Bad]:
     values = None
     if batch.nbytes <= MAX_ROW_BYTES:
         with contextlib.suppress(*_NO_VALUE):
-            values = batch.to_pylist(maps_as_pydicts="strict")
+            values = [_without_gaps(value) for value in batch.to_pylist(maps_as_pydicts="strict")]
     yield from values if values is not None else (_value(batch.slice(index, 1)) for index in range(batch.num_rows))
 
 
 _NO_VALUE = (ValueError, KeyError, TypeError, OverflowError, pa.ArrowException)
 
 
+def _without_gaps(value: dict[str, Any]) -> dict[str, Any]:
+    """A struct has the members of all rows, and those that a row does not have are null in it."""
+    return {name: _members(item) for name, item in value.items()}
+
+
+def _members(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _members(item) for name, item in value.items() if item is not None}
+    return [_members(item) for item in value] if isinstance(value, list) else value
+
+
 def _value(row: pa.RecordBatch) -> dict[str, Any] | _Bad:
     if row.nbytes > MAX_ROW_BYTES:
         return _Bad(_TOO_LARGE)
     try:
-        value: dict[str, Any] = row.to_pylist(maps_as_pydicts="strict")[0]
+        value: dict[str, Any] = _without_gaps(row.to_pylist(maps_as_pydicts="strict")[0])
     except UnicodeDecodeError:
         return _Bad(_NOT_UTF8)
     except _NO_VALUE:

@@ -8,7 +8,6 @@ import logging
 import re
 from array import array
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -215,7 +214,7 @@ def is_weighted(entries: Iterable[TrainFile]) -> bool:
     return any(Fraction(entry.weight) != 1 for entry in entries)
 
 
-def copies(sources: Sequence[int], entries: Sequence[TrainFile], held_out: AbstractSet[int], seed: int) -> array[int]:
+def copies(sources: Sequence[int], entries: Sequence[TrainFile], left_out: Sequence[bool], seed: int) -> array[int]:
     """How often each example is learnt in an epoch. `sources` has the number of each example's source.
 
     The part of a weight behind the point chooses examples by the seed and the source's own URI, so that other sources
@@ -224,7 +223,7 @@ def copies(sources: Sequence[int], entries: Sequence[TrainFile], held_out: Abstr
     result = array("B", bytes(len(sources)))
     members = [array("L") for _ in entries]
     for example, source in enumerate(sources):
-        if example not in held_out:
+        if not left_out[example]:
             members[source].append(example)
     for entry, examples in zip(entries, members, strict=True):
         whole, part = divmod(Fraction(entry.weight), 1)

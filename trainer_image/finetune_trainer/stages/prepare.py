@@ -117,18 +117,19 @@ def _prepare(
     spec = document.spec
     reporter.phase("Downloading")
     model.download(disk.base, SMALL_FILES)
+    renderer = load_renderer(disk.base, model, spec.dataset)
     full = spec.method.adapter.type is AdapterType.FULL
     artifacts = spec.output.artifacts or ([Artifact.MERGED] if full else [Artifact.MERGED, Artifact.ADAPTER])
     if not full:
         stored = {tensor.name for tensor in model.tensors}
         require_adaptable(disk.base, spec.method.adapter, stored, merge=Artifact.MERGED in artifacts)
-    data, renderer, described = read_data(
+    data, described = read_data(
         spec,
         document.storage,
-        model,
+        model.folder.uri,
+        renderer,
         train_sources,
         validation_sources,
-        disk.base,
         disk.data,
         fetched=lambda: reporter.phase("Tokenizing"),
     )
@@ -170,20 +171,19 @@ def _prepare(
 def read_data(
     spec: FineTuneJobSpec,
     storage: StorageSettings,
-    model: BaseModel,
+    model: str,
+    renderer: Renderer,
     train_sources: list[SourceFile],
     validation_sources: list[SourceFile],
-    base: Path,
     target: Path,
     fetched: Callable[[], None] = lambda: None,
-) -> tuple[PreparedData, Renderer, DataReport]:
-    """Fetch the data into `target`, and write the prepared sets there. `base` has the model's small files. `fetched` is
-    called when the data are here.
+) -> tuple[PreparedData, DataReport]:
+    """Fetch the data into `target`, and write the prepared sets there. `model` is its name in the report, and `fetched`
+    is called when the data are here.
 
     Raises:
-        JobError: the model or the data cannot be used.
+        JobError: the data cannot be used.
     """
-    renderer = _renderer(base, model, spec.dataset)
     train_files = sources.download(train_sources, target / "train", storage)
     validation_files = sources.download(validation_sources, target / "validation", storage)
     fetched()
@@ -193,7 +193,7 @@ def read_data(
     described = report.build(
         data,
         renderer,
-        model=model.folder.uri,
+        model=model,
         method=spec.method.type,
         weights=[source.weight for source in spec.dataset.train],
         duplicates_removed=spec.dataset.duplicates is DuplicatePolicy.REMOVE,
@@ -201,10 +201,15 @@ def read_data(
         validation=target / VALIDATION_FILE,
         seed=spec.hyperparameters.seed,
     )
-    return data, renderer, described
+    return data, described
 
 
-def _renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
+def load_renderer(folder: Path, model: BaseModel, dataset: Dataset) -> Renderer:
+    """With the tokenizer and template in a folder.
+
+    Raises:
+        JobError: ModelError, when they cannot be used.
+    """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

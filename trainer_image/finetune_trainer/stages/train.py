@@ -175,7 +175,7 @@ def _reference(
 ) -> torch.Tensor:
     """What the base says of a set's answers. It is stored, so that all attempts have the same and only the first one
     computes it."""
-    key = layout.reference(name)
+    key = layout.reference(name, evaluation.compute)
     # Another process may be ahead, so that all do what one of them has to do.
     (missing,) = evaluation.world.any(work.stat(key) is None)
     if not missing:
