@@ -328,9 +328,9 @@ Weight = Annotated[
 class TrainFile(DataFile):
     """A source of rows to learn from."""
 
-    weight: Weight = "1"
-    """How often each row of this source is learnt in an epoch, as a decimal string. "0.5" learns a random half of them,
-    "2.5" all of them twice and a random half once more; hyperparameters.seed chooses."""
+    weight: Weight | None = None
+    """How often each row of this source is learnt in an epoch, as a decimal string; absent, once. "0.5" learns a random
+    half of them, "2.5" all of them twice and a random half once more; hyperparameters.seed chooses."""
 
 
 class InvalidRows(ApiModel):

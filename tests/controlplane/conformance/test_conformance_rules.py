@@ -280,6 +280,8 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     *(("spec.dataset", {"dataset": {**TRAIN, **wrong}}) for wrong in WRONG_COLUMNS),
     ("spec", {"dataset": {**TRAIN, "format": "Preference"}}),
     ("spec", {"dataset": {**TRAIN, "format": "Chat"}, "method": {"type": "DPO"}}),
+    ("spec", {"dataset": {**TRAIN, "format": "Chat"}, "method": {"type": "KTO"}}),
+    ("spec.dataset", {"dataset": {**TRAIN, "supervised": "All", "supervisedReasoning": "Disabled"}}),
     ("spec", {"dataset": {"train": [{**TRAIN["train"][0], "format": "Text"}]}, "method": {"type": "DPO"}}),
     (
         "spec",

@@ -211,7 +211,7 @@ def download(files: Sequence[SourceFile], target: Path, storage: StorageSettings
 
 
 def is_weighted(entries: Iterable[TrainFile]) -> bool:
-    return any(Fraction(entry.weight) != 1 for entry in entries)
+    return any(Fraction(entry.weight or 1) != 1 for entry in entries)
 
 
 def copies(sources: Sequence[int], entries: Sequence[TrainFile], left_out: Sequence[bool], seed: int) -> array[int]:
@@ -226,7 +226,7 @@ def copies(sources: Sequence[int], entries: Sequence[TrainFile], left_out: Seque
         if not left_out[example]:
             members[source].append(example)
     for entry, examples in zip(entries, members, strict=True):
-        whole, part = divmod(Fraction(entry.weight), 1)
+        whole, part = divmod(Fraction(entry.weight or 1), 1)
         for example in examples:
             result[example] = whole
         for example in Random(f"{seed} {entry.uri}").sample(examples, int(part * len(examples) + Fraction(1, 2))):

@@ -195,7 +195,7 @@ def read_data(
         renderer,
         model=model,
         method=spec.method.type,
-        weights=[source.weight for source in spec.dataset.train],
+        weights=[source.weight or "1" for source in spec.dataset.train],
         duplicates_removed=spec.dataset.duplicates is DuplicatePolicy.REMOVE,
         train=target / TRAIN_FILE,
         validation=target / VALIDATION_FILE,
