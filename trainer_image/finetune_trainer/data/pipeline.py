@@ -209,12 +209,12 @@ def held_out(examples: Sequence[int], split: str | None, seed: int, labels: Sequ
     else:
         fraction = float(split)
         count = min(total - 1, max(1, round(total * fraction))) if fraction and total else 0
-    judged = [[place for place in range(total) if bool(labels[place]) is kind] for kind in (True, False)]
     groups: list[Sequence[int]] = [range(total)]
     shares = [count]
-    if all(judged) and count > 1:
-        good = min(count - 1, max(1, round(count * len(judged[0]) / total)), len(judged[0]))
-        groups, shares = [*judged], [good, min(count - good, len(judged[1]))]
+    if count > 1 and any(labels) and not all(labels):
+        groups = [[place for place in range(total) if bool(labels[place]) is kind] for kind in (True, False)]
+        good = min(count - 1, max(1, round(count * len(groups[0]) / total)), len(groups[0]))
+        shares = [good, min(count - good, len(groups[1]))]
     drawn = random.Random(seed)
     places = [place for group, share in zip(groups, shares, strict=True) for place in drawn.sample(group, share)]
     return [int(examples[place]) for place in places]
