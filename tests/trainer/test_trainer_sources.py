@@ -155,13 +155,14 @@ class TestPrepared:
         assert Counter(weighted[row] for row in plain - only_a) == {1: 4, 0: 4}
         swapped, _ = self.learnt(make_job, [{**b, "weight": "0.5"}, {**a, "weight": "2.5"}])
         assert swapped == weighted
-        other_seed = make_job(
-            dataset={"train": [{**a, "weight": "0.5"}], "validation": None}, hyperparameters={"seed": 7}
-        )
+        # So many that two seeds will not choose the same half: the name of the bucket is another one each time.
+        inputs.put("weights/many.jsonl", chats(30, "many"))
+        source = {"uri": inputs.uri("weights/many.jsonl"), "weight": "0.5"}
+        other_seed = make_job(dataset={"train": [source], "validation": None}, hyperparameters={"seed": 7})
         other_seed.run("prepare")
-        half, _ = self.learnt(make_job, [{**a, "weight": "0.5"}])
+        half, _ = self.learnt(make_job, [source])
         assert set(rows_of(other_seed, "train.arrow")) != set(half)
-        assert plan_of(other_seed).data.train.rows == sum(half.values()) == 5
+        assert plan_of(other_seed).data.train.rows == sum(half.values()) == 15
 
     def test_weights_with_validation(self, make_job: MakeJob, inputs: Bucket) -> None:
         inputs.put("weights/c.jsonl", chats(12, "c"))

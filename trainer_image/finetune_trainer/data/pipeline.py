@@ -222,10 +222,14 @@ def held_out(examples: Sequence[int], split: str | None, seed: int, labels: Sequ
 
 def _select(path: Path, kind: RowKind, owners: array[int], copies: Callable[[int], int]) -> Iterator[PreparedRow]:
     """The rows of a set as often as `copies` says of their example."""
-    rows = prepared.read_rows(path)
-    for number in range(len(rows)):
-        for _ in range(int(copies(owners[number]))):
-            yield kind(**rows[number])
+    number = 0
+    for batch in prepared.batches(path):
+        for place in range(batch.num_rows):
+            times = int(copies(owners[number]))
+            number += 1
+            if times:
+                (row,) = batch.slice(place, 1).to_pylist()
+                yield from times * [kind(**row)]
 
 
 def _require_rows(train: SetSummary, validation: SetSummary, dataset: Dataset) -> None:

@@ -96,6 +96,12 @@ def content(row: PreparedRow) -> Iterator[bytes]:
             yield array("i", value).tobytes()
 
 
+def batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The stored batches of a set one after the other. Nothing is mapped: pages of a mapped file count as memory."""
+    with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        yield from reader
+
+
 def read_rows(path: Path) -> Dataset:
     """The set as a memory-mapped `datasets.Dataset` with the columns of its kind."""
     return Dataset.from_file(str(path))

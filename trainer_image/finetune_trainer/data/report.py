@@ -186,13 +186,10 @@ def _rows(summary: SetSummary, path: Path) -> Rows:
 def _lengths(path: Path) -> npt.NDArray[np.int32]:
     """Of the longest sequence of each row, without reading the tokens."""
     parts: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)]
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-        for batch in reader:
-            length = {
-                name: _list_lengths(batch, name) for name in batch.schema.names if name not in ("labels", "label")
-            }
-            prompt = length.pop("prompt_ids", np.int32(0))
-            parts.append(prompt + np.maximum.reduce([*length.values()]))
+    for batch in prepared.batches(path):
+        length = {name: _list_lengths(batch, name) for name in batch.schema.names if name not in ("labels", "label")}
+        prompt = length.pop("prompt_ids", np.int32(0))
+        parts.append(prompt + np.maximum.reduce([*length.values()]))
     return np.concatenate(parts)
 
 
