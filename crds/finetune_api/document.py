@@ -14,7 +14,7 @@ from pydantic import Field
 from finetune_api import SCHEMA_VERSION
 from finetune_api.base import ApiModel
 from finetune_api.names import Stage
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import AddressingStyle, FineTuneJobSpec
 
 #: Fields of the spec that decide what the result is. The others say where, when and how often it is tried.
 RESULT_FIELDS = ("model", "dataset", "method", "hyperparameters", "output")
@@ -40,6 +40,13 @@ class StorageSettings(ApiModel):
     """None leaves it to boto3."""
     allow_files: bool = False
     """file:// URIs are allowed: the pod shares a file system with the user (local mode)."""
+
+
+def path_style(style: AddressingStyle, endpoint: str | None) -> bool | None:
+    """Whether the bucket is in the path; None leaves it to boto3. Servers other than AWS rarely have a host name for
+    each bucket."""
+    named = {AddressingStyle.PATH: True, AddressingStyle.VIRTUAL: False}.get(style)
+    return True if named is None and endpoint else named
 
 
 class JobDocument(ApiModel):

@@ -10,7 +10,7 @@ import hashlib
 from typing import Any
 
 from finetune_api import API_VERSION, KIND
-from finetune_api.document import JobDocument, JobIdentity, StorageSettings
+from finetune_api.document import JobDocument, JobIdentity, StorageSettings, path_style
 from finetune_api.failures import STOPPED_CODES
 from finetune_api.names import (
     ANNOTATION_TOPOLOGY,
@@ -175,13 +175,10 @@ def storage_settings(spec: FineTuneJobSpec, settings: Settings) -> StorageSettin
     style = spec.storage.addressing_style
     if style is AddressingStyle.AUTO:
         style = AddressingStyle(settings.s3_addressing_style)
-    path_style = {AddressingStyle.PATH: True, AddressingStyle.VIRTUAL: False}.get(style)
-    if path_style is None and endpoint:
-        path_style = True  # servers other than AWS rarely have a host name for each bucket
     return StorageSettings(
         endpoint=endpoint,
         region=spec.storage.region or settings.s3_region or None,
-        path_style=path_style,
+        path_style=path_style(style, endpoint),
         allow_files=settings.allow_files,
     )
 

@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from finetune_api.document import StorageSettings
+from finetune_api.document import StorageSettings, path_style
 from finetune_api.failures import JobError, exit_code_of
-from finetune_api.spec import AddressingStyle, FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.base_model import SMALL_FILES, BaseModel
 from finetune_trainer.data import sources
 from finetune_trainer.data.report import DataReport, to_markdown
@@ -28,10 +28,12 @@ def check(spec: FineTuneJobSpec, folder: Path) -> DataReport:
         JobError: what would fail the job in its prepare stage.
     """
     given = spec.storage
-    path_style = {AddressingStyle.PATH: True, AddressingStyle.VIRTUAL: False}.get(given.addressing_style)
-    if path_style is None and given.endpoint:
-        path_style = True
-    storage = StorageSettings(endpoint=given.endpoint, region=given.region, path_style=path_style, allow_files=True)
+    storage = StorageSettings(
+        endpoint=given.endpoint,
+        region=given.region,
+        path_style=path_style(given.addressing_style, given.endpoint),
+        allow_files=True,
+    )
     model = BaseModel(open_folder(spec.model.uri, storage))
     model.require_trainable()
     train, validation = sources.find(spec.dataset, storage)

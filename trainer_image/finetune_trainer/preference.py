@@ -7,6 +7,7 @@ base. What the reference says is computed before the first step and stored: late
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ PARTNERS = 100
 """Other answers that are tried, until one fits behind the prompt."""
 
 
-class Evaluation:
+class Evaluation(ABC):
     """Measures on the validation rows, against the model before its first step."""
 
     answers: ClassVar[tuple[str, str]]
@@ -69,9 +70,9 @@ class Evaluation:
             rows = rows.add_column(name, found[:, number].tolist())
         return rows
 
+    @abstractmethod
     def measurement(self, found: torch.Tensor, reference: torch.Tensor) -> Measurement:
         """What the log-probabilities of a model come to."""
-        raise NotImplementedError
 
 
 class PairEvaluation(Evaluation):
